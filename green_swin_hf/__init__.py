@@ -1,0 +1,85 @@
+"""GreenSwin: visible-only Swin for masked image modeling, on the `transformers` API.
+
+Importing the package registers the models with transformers' Auto classes. It needs torch and transformers only; what
+reads data sets or draws pictures imports more and stands in modules of its own.
+"""
+
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
+    ViTImageProcessor,
+    ViTImageProcessorPil,
+)
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+from .configuration_green_swin import VARIANTS, GreenSwinConfig
+from .modeling_green_swin import (
+    GreenSwinBackbone,
+    GreenSwinForImageClassification,
+    GreenSwinForMaskedImageModeling,
+    GreenSwinImageClassifierOutput,
+    GreenSwinMaskedImageModelingOutput,
+    GreenSwinModel,
+    GreenSwinModelOutput,
+    GreenSwinPreTrainedModel,
+)
+from .sparse_plan import SparseGeometry, SparsePlan, build_sparse_plan, sample_masks
+from .window_grouping import WindowGrouping, choose_grouping, solve_grouping
+
+__version__ = "0.1.0"
+
+
+def _register_auto_classes() -> None:
+    AutoConfig.register(GreenSwinConfig.model_type, GreenSwinConfig)
+    AutoModel.register(GreenSwinConfig, GreenSwinModel)
+    AutoModelForMaskedImageModeling.register(GreenSwinConfig, GreenSwinForMaskedImageModeling)
+    AutoModelForImageClassification.register(GreenSwinConfig, GreenSwinForImageClassification)
+    AutoBackbone.register(GreenSwinConfig, GreenSwinBackbone)
+    image_processors = {"torchvision": ViTImageProcessor, "pil": ViTImageProcessorPil}
+    AutoImageProcessor.register(GreenSwinConfig, image_processor_classes=image_processors)
+
+
+def _register_weight_names() -> None:
+    """GreenSwin keeps the parameter names of Swin files in memory, stock Swin renames them on loading and saving.
+
+    Stock classes must do so for a GreenSwin folder as well; our classes never, also not for a stock folder.
+    """
+    register_checkpoint_conversion_mapping(
+        GreenSwinConfig.model_type, get_checkpoint_conversion_mapping("swin"), overwrite=True
+    )
+    own_classes = (
+        GreenSwinModel,
+        GreenSwinForMaskedImageModeling,
+        GreenSwinForImageClassification,
+        GreenSwinBackbone,
+    )
+    for own_class in own_classes:
+        register_checkpoint_conversion_mapping(own_class.__name__, [], overwrite=True)
+
+
+_register_auto_classes()
+_register_weight_names()
+
+__all__ = [
+    "VARIANTS",
+    "GreenSwinBackbone",
+    "GreenSwinConfig",
+    "GreenSwinForImageClassification",
+    "GreenSwinForMaskedImageModeling",
+    "GreenSwinImageClassifierOutput",
+    "GreenSwinMaskedImageModelingOutput",
+    "GreenSwinModel",
+    "GreenSwinModelOutput",
+    "GreenSwinPreTrainedModel",
+    "SparseGeometry",
+    "SparsePlan",
+    "WindowGrouping",
+    "build_sparse_plan",
+    "choose_grouping",
+    "sample_masks",
+    "solve_grouping",
+]

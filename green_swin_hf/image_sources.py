@@ -1,0 +1,257 @@
+"""Opening a data set of images from a name or a path, whatever its layout."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+HUB_TIMEOUT_SECONDS = 10
+LOCAL_STREAM_SHARDS = 64
+
+IMAGE_EXTENSIONS = (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png")
+IMAGE_EXTENSIONS += (".pnm", ".ppm", ".tif", ".tiff", ".webp")
+DATA_EXTENSIONS = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tar", ".zip")
+IMAGE_COLUMN_NAMES = ("image", "img", "jpeg", "jpg", "photo", "picture", "pixel_values", "png", "webp")
+ENCODED_DTYPES = ("binary", "large_binary", "string", "large_string")
+SPLIT_FOLDERS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "eval"), "test"),
+}
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """An opened data set and where its images are.
+
+    Attributes:
+        dataset: a `datasets.Dataset`, or a `datasets.IterableDataset` when streaming. `image_column` gives
+            undecoded records `{"bytes", "path"}`; the other columns are as the data set has them.
+        image_column: name of the column with the images.
+        name: what was asked for, for messages and model cards.
+        num_images: images in the split; `None` when streaming.
+    """
+
+    dataset: datasets.Dataset | datasets.IterableDataset
+    image_column: str
+    name: str
+    num_images: int | None
+
+
+def load_images(
+    source: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    streaming: bool = False,
+    image_column: str | None = None,
+    subset: str | None = None,
+) -> ImageSource:
+    """Open one split of a data set of images without decoding any.
+
+    Args:
+        source: a folder of images (flat or nested; split folders such as `train/` are recognised), a folder
+            with data files and a data set card, a Parquet file or a glob of them, a `save_to_disk` folder, or
+            the name of a data set on the Hub. What looks like a path is never asked of the Hub.
+        split: name of the split.
+        streaming: read while training instead of downloading and converting first.
+        image_column: column with the images; found by its type, then by its name, when not given.
+        subset: configuration of a data set that has several.
+
+    Raises:
+        ValueError: missing path, unknown name, split or column, several columns to choose from, a Hub that
+            does not answer, an empty split: one line that names the value and the remedy.
+    """
+    name = os.fspath(source)
+    splits = _open_splits(name, streaming, subset)
+    if split not in splits:
+        raise ValueError(f"data set {name!r} has no split {split!r}; choose one of: {', '.join(splits)}")
+    dataset = splits[split]
+    if dataset.features is None:
+        raise ValueError(f"data set {name!r} does not tell its columns as a stream; do not stream it")
+    column = _find_image_column(dataset.features, image_column, name)
+    dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    num_images = None if isinstance(dataset, datasets.IterableDataset) else len(dataset)
+    if num_images == 0:
+        raise ValueError(f"split {split!r} of data set {name!r} is empty; choose another split or source")
+    return ImageSource(dataset, column, name, num_images)
+
+
+def _open_splits(name: str, streaming: bool, subset: str | None) -> Mapping[str, Any]:
+    """Data sets by split name, from wherever `name` leads."""
+    path = Path(name).expanduser()
+    if glob.has_magic(name) and not path.exists():
+        return _load("parquet", name, streaming, data_files=_parquet_files(name))
+    if path.is_file():
+        if path.suffix.lower() != ".parquet":
+            raise ValueError(
+                f"{name!r} is a file and not Parquet; give a folder of images, or a .parquet file"
+            )
+        return _load("parquet", name, streaming, data_files=[str(path)])
+    if path.is_dir():
+        return _open_folder(path, name, streaming, subset)
+    if _looks_local(name):
+        raise ValueError(
+            f"folder {name!r} does not exist; check the path, or give the name of a Hub data set"
+        )
+    _check_hub(name)
+    return _load(name, name, streaming, subset)
+
+
+def _looks_local(name: str) -> bool:
+    starts_local = name in (".", "..") or name.startswith(("./", "../", "~")) or os.path.isabs(name)
+    return starts_local or name.count("/") > 1 or "\\" in name or name.lower().endswith(".parquet")
+
+
+def _parquet_files(pattern: str) -> list[str]:
+    files = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+    if not files:
+        raise ValueError(f"{pattern!r} matches no file; check the path")
+    other = [file for file in files if not file.lower().endswith(".parquet")]
+    if other:
+        raise ValueError(f"{pattern!r} matches {other[0]!r}, which is not Parquet; end it in .parquet")
+    return files
+
+
+def _open_folder(path: Path, name: str, streaming: bool, subset: str | None) -> Mapping[str, Any]:
+    is_single, is_dict = (path / "state.json").is_file(), (path / "dataset_dict.json").is_file()
+    if is_single or is_dict:
+        saved: Any = _one_line_errors(name, partial(datasets.load_from_disk, str(path)))
+        return _as_streams(saved if is_dict else {str(saved.split or "train"): saved}, streaming)
+    images, holds_data = _scan_folder(path, name)
+    if images:
+        return _as_streams(_image_folder_splits(path, images), streaming)
+    if not holds_data:
+        raise ValueError(f"folder {name!r} holds no images and no data files; check the path")
+    return _load(str(path), name, streaming, subset)
+
+
+def _scan_folder(folder: Path, name: str) -> tuple[list[str], bool]:
+    """(absolute paths of the images below `folder` in a fixed order, whether there are data files).
+
+    Hidden files and folders are left out; links to folders are followed, each folder once.
+    """
+
+    def fail(error: OSError) -> None:
+        raise ValueError(f"folder {name!r} cannot be read: {error.filename}: {error.strerror}") from error
+
+    images: list[str] = []
+    seen: set[str] = set()
+    holds_data = False
+    for parent, folders, files in os.walk(folder.absolute(), followlinks=True, onerror=fail):
+        real = os.path.realpath(parent)
+        folders[:] = [] if real in seen else sorted(child for child in folders if not child.startswith("."))
+        if real in seen:
+            continue
+        seen.add(real)
+        for file in sorted(file for file in files if not file.startswith(".")):
+            extension = os.path.splitext(file)[1].lower()
+            holds_data |= extension in DATA_EXTENSIONS
+            if extension in IMAGE_EXTENSIONS:
+                images.append(os.path.join(parent, file))
+    return images, holds_data
+
+
+def _image_folder_splits(folder: Path, images: list[str]) -> dict[str, datasets.Dataset]:
+    """Images by split: by the split folders at the top if one is for training, else all as "train".
+
+    The guesses of `datasets` are not used: for them a flat folder with one `train_station.jpg` has a single
+    image.
+    """
+    root = folder.absolute()
+    by_split: dict[str, list[str]] = {}
+    for image in images:
+        top = Path(image).relative_to(root).parts[0].lower()
+        by_split.setdefault(SPLIT_FOLDERS.get(top, ""), []).append(image)
+    if "train" not in by_split:
+        by_split = {"train": images}
+    by_split.pop("", None)
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    return {
+        split: datasets.Dataset.from_dict({"image": files}, features) for split, files in by_split.items()
+    }
+
+
+def _as_streams(splits: Mapping[str, Any], streaming: bool) -> Mapping[str, Any]:
+    if not streaming:
+        return splits
+    return {
+        split: dataset.to_iterable_dataset(num_shards=max(1, min(LOCAL_STREAM_SHARDS, len(dataset))))
+        for split, dataset in splits.items()
+    }
+
+
+def _load(
+    path: str, name: str, streaming: bool, subset: str | None = None, **options: Any
+) -> Mapping[str, Any]:
+    """`datasets.load_dataset` for all splits; its failures as one line."""
+    return _one_line_errors(
+        name, partial(datasets.load_dataset, path, subset, streaming=streaming, **options)
+    )
+
+
+def _one_line_errors(name: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except Exception as error:  # anything: readers of files and of the network raise what they like
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        remedy = "choose one with --subset" if "Config" in reason else "check name, files and disk space"
+        raise ValueError(f"data set {name!r} cannot be loaded: {reason}; {remedy}") from error
+
+
+def _check_hub(name: str) -> None:
+    """Ask the Hub once, with a short timeout: `load_dataset` retries for half a minute, and prints each time.
+
+    Raises:
+        ValueError: the Hub does not know the data set, or does not answer.
+    """
+    if constants.HF_HUB_OFFLINE:  # then `load_dataset` looks in the cache only
+        return
+    try:
+        HfApi().dataset_info(name, timeout=HUB_TIMEOUT_SECONDS)
+    except GatedRepoError:
+        problem = f"Hub data set {name!r} is gated; accept its terms on its page and log in: hf auth login"
+    except (RepositoryNotFoundError, HFValidationError):
+        problem = (
+            f"data set {name!r} is neither a folder here nor known to the Hub; check the spelling, "
+            "or log in if it is private: hf auth login"
+        )
+    except Exception as error:  # types of the HTTP library, which differ between versions of huggingface_hub
+        problem = (
+            f"the Hub does not answer for data set {name!r} ({type(error).__name__}), which is no folder here; "
+            "check the connection, set HF_HUB_OFFLINE=1 to use a cached copy, or give a local folder"
+        )
+    else:
+        return
+    raise ValueError(problem)
+
+
+def _find_image_column(features: Mapping[str, Any], wanted: str | None, name: str) -> str:
+    if wanted is not None:
+        candidates = [wanted] if wanted in features and _can_hold_images(features[wanted]) else []
+        problem = f"has no column {wanted!r}" if wanted not in features else f"holds no images in {wanted!r}"
+    else:
+        candidates = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+        if not candidates:
+            named = [column for column in features if column.lower() in IMAGE_COLUMN_NAMES]
+            candidates = [column for column in named if _can_hold_images(features[column])]
+        problem = "has several image columns" if candidates else "has no column known to hold images"
+    if len(candidates) == 1:
+        return candidates[0]
+    choices = ", ".join(candidates or features)
+    raise ValueError(f"data set {name!r} {problem}; set --image-column to one of: {choices}")
+
+
+def _can_hold_images(feature: Any) -> bool:
+    """Whether a column is of images, of encoded bytes or paths, or of records of those."""
+    if isinstance(feature, dict):
+        return "bytes" in feature
+    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in ENCODED_DTYPES

@@ -1,0 +1,199 @@
+"""How tokens move between their own order and windows: for whole images and for visible tokens only.
+
+A layout belongs to one window partition of one stage and to one batch. Both kinds offer the same methods, so that the
+blocks of the encoder do not know whether the images they see are masked:
+
+    prepare          tokens as the projections of attention take them          [R, T, C] -> [R, T', C]
+    gather           tokens to windows, heads apart                            [R, T', C] -> [R, h, G, S, d]
+    scatter          the inverse, to the tokens' own order                     [R, h, G, S, d] -> [R, T, C]
+    position_bias    what attention adds to the scores, -inf where forbidden   [P, h] -> [h, G or 1, S, S]
+    merge_siblings   the four children of each merged token side by side       [R, T, C] -> [R, T / 4, 4 C]
+    per_image        one number for each image, ready to multiply tokens with  [B] -> [R, T or 1, 1]
+
+R rows of hidden states, T tokens of a row, C channels, h heads, d channels of a head, G windows or groups of windows,
+S slots of each, P rows of the position table, B images. Dense rows are images; the rows of visible tokens are images
+when the mask is shared and one single row when every image has its own (see `sparse_plan`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_green_swin import clamp_window
+from .sparse_plan import GroupingPlan, SparsePlan
+
+
+def gather_position_bias(table: Tensor, relative_position_index: Tensor) -> Tensor:
+    """Relative position bias of each pair of slots: [h, G, S, S], -inf where the index is one past the table.
+
+    Args:
+        table: [P, h], the learned `relative_position_bias_table`.
+        relative_position_index: [G, S, S] int64 in 0 … P.
+    """
+    # -inf, not -100: exp(-100) is subnormal in float32 and many times slower on a CPU. `index_select` along the last
+    # dimension because the backward of `table[index]` costs several times more there.
+    rows = nn.functional.pad(table.t(), (0, 1), value=float("-inf"))  # [h, P + 1]
+    return rows.index_select(1, relative_position_index.flatten()).unflatten(1, relative_position_index.shape)
+
+
+@dataclass(frozen=True)
+class DenseLayout:
+    """Tokens of whole images in raster order, windows by padding, cyclic shift and partition as in stock Swin.
+
+    Attributes:
+        grid_size: tokens (rows, columns).
+        window_size, shift_size: of this partition, clamped to the grid.
+        table_window_size: window that the position table is built for, at least `window_size`.
+        relative_position_index: [1 or G, S, S] int64.
+    """
+
+    grid_size: tuple[int, int]
+    window_size: int
+    shift_size: int
+    relative_position_index: Tensor
+
+    @classmethod
+    def build(
+        cls, grid_size: tuple[int, int], window_size: int, shift_size: int, table_window_size: int, device: torch.device
+    ) -> DenseLayout:
+        index = _window_position_index(window_size, table_window_size, device)[None]
+        if shift_size:
+            padded = tuple(side + -side % window_size for side in grid_size)
+            region = _shifted_regions(padded, window_size, shift_size, device)
+            forbidden = region[:, :, None] != region[:, None, :]
+            index = index.masked_fill(forbidden, (2 * table_window_size - 1) ** 2)
+        return cls(grid_size, window_size, shift_size, index)
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Rows and columns of zeros that complete the last windows."""
+        return -self.grid_size[0] % self.window_size, -self.grid_size[1] % self.window_size
+
+    @property
+    def windows(self) -> tuple[int, int]:
+        """Windows (down, across)."""
+        rows, columns = self.grid_size
+        return -(-rows // self.window_size), -(-columns // self.window_size)
+
+    def prepare(self, tokens: Tensor) -> Tensor:
+        if not self.shift_size and self.padding == (0, 0):
+            return tokens
+        grid = tokens.unflatten(1, self.grid_size)
+        grid = nn.functional.pad(grid, (0, 0, 0, self.padding[1], 0, self.padding[0]))
+        if self.shift_size:
+            grid = grid.roll((-self.shift_size, -self.shift_size), dims=(1, 2))
+        return grid.flatten(1, 2)
+
+    def gather(self, tokens: Tensor, heads: int) -> Tensor:
+        (down, across), side = self.windows, self.window_size
+        windows = tokens.reshape(len(tokens), down, side, across, side, heads, -1).permute(0, 5, 1, 3, 2, 4, 6)
+        return windows.reshape(len(tokens), heads, down * across, side * side, -1)
+
+    def scatter(self, windows: Tensor) -> Tensor:
+        (down, across), side = self.windows, self.window_size
+        grid = windows.unflatten(3, (side, side)).unflatten(2, (down, across))  # [B, h, down, across, side, side, d]
+        grid = grid.permute(0, 2, 4, 3, 5, 1, 6).reshape(len(windows), down * side, across * side, -1)
+        if self.shift_size:
+            grid = grid.roll((self.shift_size, self.shift_size), dims=(1, 2))
+        return grid[:, : self.grid_size[0], : self.grid_size[1]].reshape(len(windows), -1, grid.shape[-1])
+
+    def position_bias(self, table: Tensor) -> Tensor:
+        return gather_position_bias(table, self.relative_position_index)
+
+    def merge_siblings(self, tokens: Tensor) -> Tensor:
+        rows, columns = self.grid_size
+        grid = nn.functional.pad(tokens.unflatten(1, self.grid_size), (0, 0, 0, columns % 2, 0, rows % 2))
+        siblings = [grid[:, row::2, column::2] for column in range(2) for row in range(2)]
+        return torch.cat(siblings, dim=-1).flatten(1, 2)
+
+    def per_image(self, values: Tensor) -> Tensor:
+        return values[:, None, None]
+
+
+@dataclass(frozen=True)
+class VisibleLayout:
+    """Visible tokens in the order of the pool, whole windows packed into groups of equal size (paper, sec. 3).
+
+    Attributes:
+        plan: the window partition.
+        image_index: [V] image of each visible mask unit; `None` when all images share a mask.
+    """
+
+    plan: GroupingPlan
+    image_index: Tensor | None
+
+    def prepare(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+    def gather(self, tokens: Tensor, heads: int) -> Tensor:
+        if self.plan.gather_index is not None:
+            tokens = tokens.index_select(1, self.plan.gather_index)  # [R, G S, C]
+        by_head = tokens.unflatten(2, (heads, -1)).transpose(1, 2)  # [R, h, G S, d]
+        return by_head.unflatten(2, (self.plan.num_groups, self.plan.group_size))
+
+    def scatter(self, windows: Tensor) -> Tensor:
+        tokens = windows.flatten(2, 3).transpose(1, 2).flatten(2)  # [R, G S, C]
+        return tokens if self.plan.scatter_index is None else tokens.index_select(1, self.plan.scatter_index)
+
+    def position_bias(self, table: Tensor) -> Tensor:
+        return gather_position_bias(table, self.plan.relative_position_index)
+
+    def merge_siblings(self, tokens: Tensor) -> Tensor:
+        return tokens.reshape(len(tokens), -1, 4 * tokens.shape[-1])
+
+    def per_image(self, values: Tensor) -> Tensor:
+        if self.image_index is None:
+            return values[:, None, None]
+        return values[self.image_index][None, :, None]
+
+
+Layout = DenseLayout | VisibleLayout
+
+
+def dense_layouts(
+    grid_size: tuple[int, int], table_window_size: int, always_partition: bool, device: torch.device
+) -> tuple[DenseLayout, DenseLayout]:
+    """Regular and shifted layout of one stage for whole images.
+
+    Args:
+        always_partition: keep window and shift where the grid is no larger than the window, as stock Swin's backbone
+            does (the grid is padded instead).
+    """
+    window, shift = clamp_window(grid_size, table_window_size)
+    if always_partition:
+        window, shift = table_window_size, table_window_size // 2
+    regular = DenseLayout.build(grid_size, window, 0, table_window_size, device)
+    if not shift:
+        return regular, regular
+    return regular, DenseLayout.build(grid_size, window, shift, table_window_size, device)
+
+
+def visible_layouts(plan: SparsePlan, stage: int) -> tuple[VisibleLayout, VisibleLayout]:
+    """Regular and shifted layout of one stage for visible tokens."""
+    stage_plan = plan.stages[stage]
+    return VisibleLayout(stage_plan.regular, plan.image_index), VisibleLayout(stage_plan.shifted, plan.image_index)
+
+
+def _window_position_index(window_size: int, table_window_size: int, device: torch.device) -> Tensor:
+    """[S, S]: row of the position table for each pair of tokens in a window; smaller windows index by offset."""
+    side = torch.arange(window_size, device=device)
+    position = (side[:, None] * (2 * table_window_size - 1) + side).flatten()
+    return position[:, None] - position[None, :] + 2 * table_window_size * (table_window_size - 1)
+
+
+def _shifted_regions(padded_grid: tuple[int, ...], window_size: int, shift_size: int, device: torch.device) -> Tensor:
+    """[G, S]: a number for each token of the shifted windows, equal where two tokens stand side by side in the image."""
+    rows, columns = (
+        (torch.arange(side, device=device) + window_size - shift_size).div(window_size, rounding_mode="floor")
+        for side in padded_grid
+    )
+    region = (rows[:, None] * (padded_grid[1] // window_size + 1) + columns).roll((-shift_size, -shift_size), (0, 1))
+    down, across = padded_grid[0] // window_size, padded_grid[1] // window_size
+    windows = region.view(down, window_size, across, window_size).transpose(1, 2)
+    return windows.reshape(down * across, window_size**2)
+
+
+__all__ = ["DenseLayout", "Layout", "VisibleLayout", "dense_layouts", "gather_position_bias", "visible_layouts"]

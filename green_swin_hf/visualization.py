@@ -1,0 +1,207 @@
+"""Pictures of a pretraining run: reconstructions and the loss curve. Matplotlib is needed here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from .modeling_green_swin import patchify, unit_statistics, unpatchify
+
+# Okabe and Ito's colours, distinct to colour-blind readers; pictures are white-backed, for dark pages too.
+_BLUE, _ORANGE, _GREEN, _INK = "#0072B2", "#D55E00", "#009E73", "#222222"
+_GREY = 0.75
+
+
+def masked_images(images: Tensor, bool_masked_pos: Tensor, unit: int, fill: float | Tensor = _GREY) -> Tensor:
+    """Images `[B, C, H, W]` with their masked units painted over.
+
+    Args:
+        images: `[B, C, H, W]`.
+        bool_masked_pos: `[B, units]`, True = masked.
+        unit: side of a mask unit in pixels.
+        fill: value of masked pixels.
+    """
+    return torch.where(
+        _pixel_mask(images, bool_masked_pos, unit), torch.as_tensor(fill, dtype=images.dtype), images
+    )
+
+
+def paste_reconstruction(
+    pixel_values: Tensor, reconstruction: Tensor, bool_masked_pos: Tensor, unit: int, *, norm_pix_loss: bool
+) -> Tensor:
+    """What the model saw, completed by what it predicted: `[B, C, H, W]` in the scale of `pixel_values`.
+
+    Visible pixels are those of `pixel_values` exactly. With `norm_pix_loss` the predictions of each unit are scaled
+    back by the mean and standard deviation of the unit's true pixels, which the model was never asked for.
+
+    Args:
+        pixel_values: `[B, C, H, W]`, normalised as the model got them.
+        reconstruction: `[B, C, H, W]`, the model's output of that name.
+        bool_masked_pos: `[B, units]`, True = masked.
+        unit: side of a mask unit in pixels.
+        norm_pix_loss: the model's setting of that name.
+    """
+    channels, height, width = pixel_values.shape[1:]
+    predicted = reconstruction.to(pixel_values.dtype)
+    if norm_pix_loss:
+        mean, std = unit_statistics(patchify(pixel_values, unit))
+        units = patchify(predicted, unit) * std + mean
+        predicted = unpatchify(units, (height // unit, width // unit), unit, channels)
+    return torch.where(_pixel_mask(pixel_values, bool_masked_pos, unit), predicted, pixel_values)
+
+
+def to_display(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Undo the normalisation by channel and clip: `[B, C, H, W]` in 0 … 1."""
+    shape = (1, -1, 1, 1)
+    return (images * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)).clamp(0, 1)
+
+
+def reconstruction_figure(
+    originals: Tensor, masked: Tensor, reconstructions: Tensor, *, triples_per_row: int = 3, title: str = ""
+) -> Figure:
+    """Triples original | masked | reconstruction, `triples_per_row` of them side by side.
+
+    Args:
+        originals, masked, reconstructions: `[N, C, H, W]` in 0 … 1. One channel is drawn in grey, the first three of
+            more in colour; of two, the first.
+        triples_per_row: at most this many triples beside each other.
+        title: one line above the picture.
+    """
+    count, _, height, width = originals.shape
+    per_row = min(triples_per_row, count)
+    rows = -(-count // per_row)
+    # All lengths in inches: cells touch inside a triple but for a hairline, triples stand apart.
+    cell_width, gap, between, margin = 1.05, 0.04, 0.22, 0.12
+    cell_height = cell_width * height / width
+    top = margin + 0.24 + (0.26 if title else 0.0)
+    triple = 3 * cell_width + 2 * gap
+    total_width = 2 * margin + per_row * triple + (per_row - 1) * between
+    total_height = top + margin + rows * cell_height + (rows - 1) * gap
+    figure = Figure(figsize=(total_width, total_height), facecolor="white")
+    FigureCanvasAgg(figure)
+    for index in range(count):
+        row, place = divmod(index, per_row)
+        for column, batch in enumerate((originals, masked, reconstructions)):
+            left = margin + place * (triple + between) + column * (cell_width + gap)
+            bottom = total_height - top - row * (cell_height + gap) - cell_height
+            box = (
+                left / total_width,
+                bottom / total_height,
+                cell_width / total_width,
+                cell_height / total_height,
+            )
+            axes = figure.add_axes(box)
+            _draw_image(axes, batch[index])
+            if row == 0:
+                axes.set_title(
+                    ("original", "masked", "reconstruction")[column], fontsize=9, pad=3, color=_INK
+                )
+    if title:
+        figure.text(margin / total_width, 1 - margin / total_height, title, fontsize=10, va="top", color=_INK)
+    return figure
+
+
+def loss_figure(
+    log: Sequence[dict[str, Any]],
+    *,
+    mean_prediction_loss: float | None = None,
+    validation: Sequence[tuple[float, float]] = (),
+    title: str = "",
+) -> Figure:
+    """The loss over epochs, as logged and smoothed, above a small panel with the learning rate.
+
+    Args:
+        log: entries with `epoch`, `loss` and `learning_rate`, oldest first; entries whose loss is None are left out.
+        mean_prediction_loss: loss of predicting each unit's mean, drawn as a dashed line.
+        validation: pairs of epoch and loss on held-out images.
+        title: one line above the picture.
+    """
+    entries = [entry for entry in log if entry.get("loss") is not None]
+    epochs = [entry["epoch"] for entry in entries]
+    losses = [entry["loss"] for entry in entries]
+    figure = Figure(figsize=(7.2, 4.4), facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    upper.plot(epochs, losses, color=_BLUE, alpha=0.35, linewidth=0.8, label="training, each logged step")
+    upper.plot(epochs, _smoothed(losses), color=_BLUE, linewidth=2, label="training, smoothed")
+    if validation:
+        upper.plot(*zip(*validation, strict=True), "o", color=_ORANGE, markersize=4, label="held-out images")
+    if mean_prediction_loss is not None:
+        text = f"predicting each unit's mean ({mean_prediction_loss:.3f})"
+        upper.axhline(mean_prediction_loss, color=_INK, linestyle="--", linewidth=1.2, label=text)
+    _limit_to_most(upper, [*losses, *(loss for _, loss in validation)], mean_prediction_loss)
+    upper.set_ylabel("loss")
+    upper.legend(fontsize=8, frameon=False)
+    lower.plot(epochs, [entry["learning_rate"] for entry in entries], color=_GREEN, linewidth=1.5)
+    lower.set_ylabel("learning\nrate")
+    lower.set_ylim(bottom=0)
+    lower.set_xlabel("epoch")
+    lower.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
+    for axes in (upper, lower):
+        axes.grid(True, color="#DDDDDD", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.01)
+    if title:
+        upper.set_title(title, fontsize=10, loc="left", color=_INK)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    temporary = f"{os.fspath(path)}.partial"
+    figure.savefig(temporary, format="png", dpi=dpi)
+    os.replace(temporary, path)
+
+
+def _pixel_mask(images: Tensor, bool_masked_pos: Tensor, unit: int) -> Tensor:
+    """`[B, 1, H, W]`, True = masked."""
+    rows, columns = images.shape[2] // unit, images.shape[3] // unit
+    grid = bool_masked_pos.bool().view(-1, 1, rows, columns)
+    return grid.repeat_interleave(unit, dim=2).repeat_interleave(unit, dim=3)
+
+
+def _draw_image(axes: Axes, image: Tensor) -> None:
+    """Draw `[C, H, W]` in 0 … 1 without axes."""
+    if image.shape[0] >= 3:
+        axes.imshow(image[:3].permute(1, 2, 0).numpy(), interpolation="nearest", aspect="auto")
+    else:
+        axes.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    axes.axis("off")
+
+
+def _smoothed(values: Sequence[float], share: float = 0.03) -> list[float]:
+    """Centred running mean over `share` of the curve; the window shrinks towards both ends."""
+    reach = max(1, round(len(values) * share))
+    sums = [0.0, *accumulate(values)]
+    averages = []
+    for index in range(len(values)):
+        half = min(reach, index, len(values) - 1 - index)
+        averages.append((sums[index + half + 1] - sums[index - half]) / (2 * half + 1))
+    return averages
+
+
+def _limit_to_most(axes: Axes, values: Sequence[float], reference: float | None) -> None:
+    """Limit the y axis so that a few losses of the first steps do not flatten the rest of the curve."""
+    if values:
+        shown = sorted(values)[: max(1, round(0.99 * len(values)))]
+        shown += [] if reference is None else [reference]
+        margin = 0.06 * (max(shown) - min(shown)) or 0.05 * abs(shown[0]) or 1.0
+        axes.set_ylim(min(shown) - margin, max(shown) + margin)
+
+
+__all__ = [
+    "loss_figure",
+    "masked_images",
+    "paste_reconstruction",
+    "reconstruction_figure",
+    "save_figure",
+    "to_display",
+]
