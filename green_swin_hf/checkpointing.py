@@ -149,7 +149,7 @@ def find_damage(path: Path) -> str | None:
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest whole checkpoint in `folder` (None: there is none) and, of each newer one, what is wrong with it."""
-    damaged = {}
+    damaged: dict[Path, str] = {}
     for path in reversed(list_checkpoints(folder)):
         damage = find_damage(path)
         if damage is None:

@@ -200,14 +200,15 @@ class GreenSwinConfig(BackboneConfigMixin, PreTrainedConfig):
     @encoder_stride.setter
     def encoder_stride(self, value: int) -> None:
         if value != self.mask_unit_size:
-            logger.warning(f"encoder_stride {value} is ignored: GreenSwin predicts mask units of {self.mask_unit_size} px")
+            unit = self.mask_unit_size
+            logger.warning(f"encoder_stride {value} is ignored: GreenSwin predicts mask units of {unit} px")
 
     def to_dict(self) -> dict[str, Any]:
         """As the base class, with the `encoder_stride` that stock Swin reads from the file."""
         return {**super().to_dict(), "encoder_stride": self.encoder_stride}
 
     def validate_geometry(self) -> None:
-        """Raise a `ValueError` that names field, value and rule where a field is out of range or contradicts another."""
+        """Raise a `ValueError` naming field, value and rule where a field is out of range or contradicts another."""
         _check_sizes(self)
         _check_stages(self)
         _check_rates(self)
@@ -271,9 +272,10 @@ def _check_decoder(config: GreenSwinConfig) -> None:
 
 def _check_group_size(config: GreenSwinConfig) -> None:
     area = max(config.stage_window_sizes) ** 2
-    is_valid = config.group_size in ("window", "optimal") or (_is_count(config.group_size) and config.group_size >= area)
+    size = config.group_size
+    is_valid = size in ("window", "optimal") if isinstance(size, str) else _is_count(size) and size >= area
     rule = f'"window", "optimal" or an integer of at least {area}, the area of the largest window'
-    _require(is_valid, "group_size", config.group_size, rule)
+    _require(is_valid, "group_size", size, rule)
 
 
 __all__ = ["VARIANTS", "GreenSwinConfig", "as_pair", "clamp_window", "stage_grid_sizes"]

@@ -23,8 +23,7 @@ import torch
 import torch.utils.data
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
+from torch.nn.functional import interpolate, pad
 
 from .image_decoding import ColorMode, CorruptImageError, decode_image
 from .image_sources import ImageSource, load_images
@@ -98,15 +97,24 @@ class _ImageTransform:
         return "L" if self.num_channels == 1 else "RGB"
 
     def _padded(self, image: Tensor) -> Tensor:
-        return F.pad(image, [self.pad]) if self.pad else image
+        return pad(image, [self.pad] * 4) if self.pad else image
+
+    def _resized(self, image: Tensor, box: tuple[int, int, int, int]) -> Tensor:
+        """The `box` (top, left, height, width) of the image at `image_size`, still uint8: no overshoot."""
+        top, left, height, width = box
+        crop = image[None, :, top : top + height, left : left + width]
+        return interpolate(crop, self.image_size, mode="bicubic", antialias=True)[0]
 
     def _normalized(self, image: Tensor) -> Tensor:
-        return image.float().div_(255).sub_(_per_channel(self.mean)).div_(_per_channel(self.std))
+        scale, shift = _scale_and_shift(self.mean, self.std)
+        return torch.addcmul(shift, image.float(), scale)
 
 
 @lru_cache
-def _per_channel(values: tuple[float, ...]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32)[:, None, None]  # [C, 1, 1]
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """([C, 1, 1], [C, 1, 1]): normalisation of pixels in 0 … 255 as one multiplication and one addition."""
+    means, stds = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
+    return (1 / (255 * stds)).float(), (-means / stds).float()
 
 
 @dataclass(frozen=True)
@@ -136,9 +144,9 @@ class PretrainingTransform(_ImageTransform):
         image = self._padded(image)
         height, width = image.shape[-2:]
         box = sample_crop_box((height, width), self.crop_scale, self.crop_ratio, generator)
-        image = F.resized_crop(image, *box, list(self.image_size), InterpolationMode.BICUBIC, antialias=True)
+        image = self._resized(image, box)
         if torch.rand((), generator=generator).item() < self.flip:
-            image = F.horizontal_flip(image)
+            image = image.flip(-1)
         return self._normalized(image)
 
 
@@ -162,11 +170,10 @@ class EvaluationTransform(_ImageTransform):
         """[C, H, W] uint8 of any size → [C, rows, columns] float32; `generator` is not used."""
         image = self._padded(image)
         box = self._kept_box(image.shape[-2], image.shape[-1])
-        image = F.resized_crop(image, *box, list(self.image_size), InterpolationMode.BICUBIC, antialias=True)
-        return self._normalized(image)
+        return self._normalized(self._resized(image, box))
 
     def _kept_box(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """(top, left, height, width) of what is resized: cropping first bounds the work for very long images."""
+        """(top, left, height, width) to resize; cropping first bounds the work for very long images."""
         if self.crop_fraction is None:
             return 0, 0, height, width
         rows, columns = self.image_size
@@ -210,10 +217,16 @@ class PretrainingImages(torch.utils.data.Dataset[dict[str, Any]]):
         source: what `load_images` returns without streaming.
         transform: `PretrainingTransform`, or `EvaluationTransform` for images that do not change.
         seed: of all randomness.
+        cache_bytes: memory for decoded images, in each worker: decoding a small image costs more than the rest.
     """
 
     def __init__(
-        self, source: ImageSource, transform: PretrainingTransform | EvaluationTransform, *, seed: int
+        self,
+        source: ImageSource,
+        transform: PretrainingTransform | EvaluationTransform,
+        *,
+        seed: int,
+        cache_bytes: int = 0,
     ):
         if isinstance(source.dataset, datasets.IterableDataset):
             raise ValueError(f"data set {source.name!r} is a stream; read it with StreamingPretrainingImages")
@@ -222,6 +235,8 @@ class PretrainingImages(torch.utils.data.Dataset[dict[str, Any]]):
         self.image_column = source.image_column
         self.transform = transform
         self.seed = seed
+        self._free_bytes = cache_bytes
+        self._decoded: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.records)
@@ -247,15 +262,21 @@ class PretrainingImages(torch.utils.data.Dataset[dict[str, Any]]):
     def _read(self, index: int) -> tuple[Tensor, tuple[str, ...]]:
         errors: list[CorruptImageError] = []
         for step in range(min(MAX_CORRUPT_RUN, len(self))):
-            row = (index + step) % len(self)
             try:
-                image = decode_image(
-                    self.records[row][self.image_column], self.transform.color_mode, f"row {row}"
-                )
-                return image, tuple(error.name for error in errors)
+                return self._decode((index + step) % len(self)), tuple(error.name for error in errors)
             except CorruptImageError as error:
                 errors.append(error)
         raise _broken_data_error(self.name, errors)
+
+    def _decode(self, row: int) -> Tensor:
+        image = self._decoded.get(row)
+        if image is None:
+            record = self.records[row][self.image_column]
+            image = decode_image(record, self.transform.color_mode, f"row {row}")
+            if image.nbytes <= self._free_bytes:
+                self._free_bytes -= image.nbytes
+                self._decoded[row] = image
+        return image
 
 
 def _make_sample(image: Tensor, skipped: Sequence[str], transform: Any, sample_seed: int) -> dict[str, Any]:
@@ -362,16 +383,12 @@ class StreamingPretrainingImages(torch.utils.data.IterableDataset[dict[str, Any]
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = torch.utils.data.get_worker_info()
         source_id = (self.rank, worker.id if worker else 0)
-        epochs = (
-            count(self.epoch) if self.num_epochs is None else range(self.epoch, self.epoch + self.num_epochs)
-        )
+        epochs = count(self.epoch) if self.num_epochs is None else range(self.epoch, self.epoch + self.num_epochs)
         for epoch in epochs:
             self.records.set_epoch(epoch)
             position = -1
             for position, (image, skipped) in enumerate(self._images()):
-                yield _make_sample(
-                    image, skipped, self.transform, mix_seed(self.seed, epoch, *source_id, position)
-                )
+                yield _make_sample(image, skipped, self.transform, mix_seed(self.seed, epoch, *source_id, position))
             if position < 0:  # a worker without a shard would spin for ever
                 return
 
@@ -453,9 +470,7 @@ class MaskedImageCollator:
             skipped: names of images that could not be decoded.
         """
         masked_by = samples if self.mask_sharing == "image" else samples[:1]
-        bool_masked_pos = torch.cat(
-            [self._sample_mask(sample["mask_seed"]) for sample in masked_by]
-        )  # [B or 1, units]
+        bool_masked_pos = torch.cat([self._sample_mask(sample["mask_seed"]) for sample in masked_by])  # [B or 1, units]
         return {
             "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
             "sparse_plan": build_sparse_plan(bool_masked_pos, self.geometry),
@@ -469,11 +484,7 @@ class MaskedImageCollator:
         if self.unit_multiple == 1:
             return masks
         grid = masks.view(rows, columns)
-        return (
-            grid.repeat_interleave(self.unit_multiple, 0)
-            .repeat_interleave(self.unit_multiple, 1)
-            .flatten()[None]
-        )
+        return grid.repeat_interleave(self.unit_multiple, 0).repeat_interleave(self.unit_multiple, 1).flatten()[None]
 
 
 __all__ = [

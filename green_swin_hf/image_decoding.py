@@ -35,9 +35,7 @@ class CorruptImageError(ValueError):
         return f"{self.name}: {self.reason}"
 
 
-def decode_image(
-    record: Mapping[str, Any] | None, mode: ColorMode, unnamed: str = "an image without a path"
-) -> Tensor:
+def decode_image(record: Mapping[str, Any] | None, mode: ColorMode, unnamed: str = "an image without a path") -> Tensor:
     """Decode one image: [1, H, W] uint8 for mode "L", [3, H, W] for "RGB".
 
     EXIF orientation is applied, transparency is laid on white, the first frame of an animation counts. 16-bit
@@ -89,7 +87,7 @@ def _decode(content: bytes, mode: ColorMode) -> np.ndarray:
             background = Image.new("RGBA", image.size, "white")
             background.alpha_composite(image.convert("RGBA"))
             image = background
-        return np.array(image.convert(mode))
+        return np.array(image if image.mode == mode else image.convert(mode))
 
 
 def _turn_upright(image: Image.Image) -> None:

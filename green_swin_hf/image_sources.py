@@ -17,8 +17,10 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 HUB_TIMEOUT_SECONDS = 10
 LOCAL_STREAM_SHARDS = 64
 
-IMAGE_EXTENSIONS = (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png")
-IMAGE_EXTENSIONS += (".pnm", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_EXTENSIONS = tuple(
+    f".{kind}"
+    for kind in "avif bmp gif jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp".split()  # noqa: SIM905
+)
 DATA_EXTENSIONS = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tar", ".zip")
 IMAGE_COLUMN_NAMES = ("image", "img", "jpeg", "jpg", "photo", "picture", "pixel_values", "png", "webp")
 ENCODED_DTYPES = ("binary", "large_binary", "string", "large_string")
@@ -92,16 +94,12 @@ def _open_splits(name: str, streaming: bool, subset: str | None) -> Mapping[str,
         return _load("parquet", name, streaming, data_files=_parquet_files(name))
     if path.is_file():
         if path.suffix.lower() != ".parquet":
-            raise ValueError(
-                f"{name!r} is a file and not Parquet; give a folder of images, or a .parquet file"
-            )
+            raise ValueError(f"{name!r} is a file and not Parquet; give a folder of images, or a .parquet file")
         return _load("parquet", name, streaming, data_files=[str(path)])
     if path.is_dir():
         return _open_folder(path, name, streaming, subset)
     if _looks_local(name):
-        raise ValueError(
-            f"folder {name!r} does not exist; check the path, or give the name of a Hub data set"
-        )
+        raise ValueError(f"folder {name!r} does not exist; check the path, or give the name of a Hub data set")
     _check_hub(name)
     return _load(name, name, streaming, subset)
 
@@ -175,9 +173,7 @@ def _image_folder_splits(folder: Path, images: list[str]) -> dict[str, datasets.
         by_split = {"train": images}
     by_split.pop("", None)
     features = datasets.Features({"image": datasets.Image(decode=False)})
-    return {
-        split: datasets.Dataset.from_dict({"image": files}, features) for split, files in by_split.items()
-    }
+    return {split: datasets.Dataset.from_dict({"image": files}, features) for split, files in by_split.items()}
 
 
 def _as_streams(splits: Mapping[str, Any], streaming: bool) -> Mapping[str, Any]:
@@ -189,13 +185,9 @@ def _as_streams(splits: Mapping[str, Any], streaming: bool) -> Mapping[str, Any]
     }
 
 
-def _load(
-    path: str, name: str, streaming: bool, subset: str | None = None, **options: Any
-) -> Mapping[str, Any]:
+def _load(path: str, name: str, streaming: bool, subset: str | None = None, **options: Any) -> Mapping[str, Any]:
     """`datasets.load_dataset` for all splits; its failures as one line."""
-    return _one_line_errors(
-        name, partial(datasets.load_dataset, path, subset, streaming=streaming, **options)
-    )
+    return _one_line_errors(name, partial(datasets.load_dataset, path, subset, streaming=streaming, **options))
 
 
 def _one_line_errors(name: str, load: Callable[[], Any]) -> Any:
@@ -226,7 +218,7 @@ def _check_hub(name: str) -> None:
         )
     except Exception as error:  # types of the HTTP library, which differ between versions of huggingface_hub
         problem = (
-            f"the Hub does not answer for data set {name!r} ({type(error).__name__}), which is no folder here; "
+            f"the Hub does not answer for {name!r} ({type(error).__name__}), and no folder has that name; "
             "check the connection, set HF_HUB_OFFLINE=1 to use a cached copy, or give a local folder"
         )
     else:

@@ -184,8 +184,8 @@ def _attend_fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
     groups = query.shape[1:3]
     if bias is not None:
         bias = bias.expand(*groups, *bias.shape[2:]).flatten(0, 1)[None].to(query.dtype)  # [1, h G, S, S]
-    folded = (tensor.flatten(1, 2) for tensor in (query, key, value))
-    attended = nn.functional.scaled_dot_product_attention(*folded, attn_mask=bias, dropout_p=dropout)
+    query, key, value = (tensor.flatten(1, 2) for tensor in (query, key, value))
+    attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
     return attended.unflatten(1, groups)
 
 
@@ -379,8 +379,8 @@ class GreenSwinPatchEmbeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Whole images, padded to whole patches: [B, C, rows, columns]."""
-        rows, columns = pixel_values.shape[2:]
-        return self.projection(nn.functional.pad(pixel_values, (0, -columns % self.patch_size, 0, -rows % self.patch_size)))
+        below, right = (-side % self.patch_size for side in pixel_values.shape[2:])
+        return self.projection(nn.functional.pad(pixel_values, (0, right, 0, below)))
 
     def visible(self, units: Tensor) -> Tensor:
         """Visible mask units [R, V, channels, side, side] to patches in the order of the pool: [R, T, C]."""
@@ -508,9 +508,10 @@ class GreenSwinModel(GreenSwinPreTrainedModel):
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Images.
-            bool_masked_pos (`torch.Tensor` of shape `(batch_size or 1, num_units)` or `(batch_size or 1, num_patches)`):
-                Masks, True or 1 = masked; one row for all images, or one for each. The plan is built from them on the
-                CPU. Encodes the visible patches only. Height and width must then be multiples of `mask_unit_size`.
+            bool_masked_pos (`torch.Tensor` of shape `(rows, num_units)` or `(rows, num_patches)`):
+                Masks, True or 1 = masked, constant inside each mask unit; one row for all images, or one for each.
+                Only visible patches are encoded. Height and width must be multiples of `mask_unit_size` then. The plan
+                is built from the masks on the CPU.
             sparse_plan (`SparsePlan`): The plan of the masks, when it was already built (see `build_sparse_plan`), on
                 the device of the images; no work is left for the host then.
             output_attentions, output_hidden_states (`bool`): As in every transformers model.
@@ -521,8 +522,10 @@ class GreenSwinModel(GreenSwinPreTrainedModel):
         Raises:
             ValueError: images, masks and plan do not fit each other or the model.
         """
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         pixel_values = self._checked_images(pixel_values)
         batch_size = len(pixel_values)
         plan = self.resolve_plan(pixel_values, bool_masked_pos, sparse_plan)
@@ -538,13 +541,13 @@ class GreenSwinModel(GreenSwinPreTrainedModel):
         states = None
         if output_hidden_states:
             states = (tokens, *(stages.unmerged if output_hidden_states_before_downsampling else stages.merged))
-        output = GreenSwinModelOutput(last_hidden_state=last, hidden_states=states)
+        output = GreenSwinModelOutput(hidden_states=states)
         if output_attentions:
             output.attentions = tuple(stages.attentions)
         if plan is not None:
-            return self._complete_visible(output, plan, batch_size)
+            return self._complete_visible(last, output, plan, batch_size)
         grids = stage_grid_sizes(grid_size, self.config.num_layers)
-        return self._complete_dense(output, grids, output_hidden_states_before_downsampling)
+        return self._complete_dense(last, output, grids, output_hidden_states_before_downsampling)
 
     def resolve_plan(
         self, pixel_values: Tensor, bool_masked_pos: Tensor | None, sparse_plan: SparsePlan | None
@@ -585,15 +588,16 @@ class GreenSwinModel(GreenSwinPreTrainedModel):
         self, grid_size: tuple[int, int], always_partition: bool, device: torch.device
     ) -> list[tuple[Layout, Layout]]:
         grids = stage_grid_sizes(grid_size, self.config.num_layers)
-        windows = self.config.stage_window_sizes
-        return [dense_layouts(grid, window, always_partition, device) for grid, window in zip(grids, windows, strict=True)]
+        stages = zip(grids, self.config.stage_window_sizes, strict=True)
+        return [dense_layouts(grid, window, always_partition, device) for grid, window in stages]
 
     def _complete_dense(
-        self, output: GreenSwinModelOutput, grids: Sequence[tuple[int, int]], before_merging: bool
+        self, last: Tensor, output: GreenSwinModelOutput, grids: Sequence[tuple[int, int]], before_merging: bool
     ) -> GreenSwinModelOutput:
-        """Adds the mean over tokens and the feature maps."""
+        """Adds the last hidden state, the mean over tokens and the feature maps."""
+        output.last_hidden_state = last
         if self.add_pooling_layer:
-            output.pooler_output = output.last_hidden_state.mean(dim=1)
+            output.pooler_output = last.mean(dim=1)
         if output.hidden_states is not None:
             state_grids = [grids[0], *grids] if before_merging else [*grids, grids[-1]]
             output.reshaped_hidden_states = tuple(
@@ -602,9 +606,11 @@ class GreenSwinModel(GreenSwinPreTrainedModel):
             )
         return output
 
-    def _complete_visible(self, output: GreenSwinModelOutput, plan: SparsePlan, batch_size: int) -> GreenSwinModelOutput:
+    def _complete_visible(
+        self, last: Tensor, output: GreenSwinModelOutput, plan: SparsePlan, batch_size: int
+    ) -> GreenSwinModelOutput:
         """Lays the pool out as images and adds the mean over visible tokens."""
-        output.last_hidden_state = plan.to_images(output.last_hidden_state, batch_size)
+        output.last_hidden_state = plan.to_images(last, batch_size)
         output.visible_token_mask = plan.token_mask(batch_size)
         if self.add_pooling_layer:  # padding is zero
             counts = output.visible_token_mask.sum(dim=1, keepdim=True)
@@ -752,7 +758,8 @@ class GreenSwinForMaskedImageModeling(GreenSwinPreTrainedModel):
             output_hidden_states=output_hidden_states,
             interpolate_pos_encoding=interpolate_pos_encoding,
         )
-        grid_size = tuple(-(-side // self.config.mask_unit_size) for side in pixel_values.shape[2:])
+        rows, columns = (-(-side // self.config.mask_unit_size) for side in pixel_values.shape[2:])
+        grid_size = (rows, columns)
         masked_only = self.training and plan is not None and plan.has_equal_counts and plan.num_masked > 0
         predicted = self.decoder(outputs.last_hidden_state, grid_size, plan, masked_only)
         loss, logits = None, predicted
@@ -795,9 +802,9 @@ class GreenSwinForImageClassification(GreenSwinPreTrainedModel):
 
     def __init__(self, config: GreenSwinConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 0
         self.swin = GreenSwinModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels) if self.num_labels else nn.Identity()
         self.post_init()
 
     @can_return_tuple

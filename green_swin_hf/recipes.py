@@ -41,7 +41,7 @@ _CONFIG_FIELDS = (
     "group_size",
 )
 # What may differ between a run and its continuation: none of it changes a weight.
-_FREE_ON_RESUME = ("workers", "log_every", "save_every", "keep_checkpoints", "stop_after_skipped")
+_FREE_ON_RESUME = ("data", "workers", "log_every", "save_every", "keep_checkpoints", "stop_after_skipped")
 
 
 def _option(default: Any, description: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -118,6 +118,7 @@ class Recipe:
     stop_after_skipped: int = _option(20, "stop when so many updates in a row were not finite")
     # What is kept
     log_every: int = _option(10, "updates between two lines of the log")
+    validate_every: int = _option(0, "updates between two measurements on held-out images, 0: only at the end")
     save_every: int = _option(500, "updates between two checkpoints, 0 for none")
     keep_checkpoints: int = _option(2, "newest checkpoints that are kept")
 
@@ -141,6 +142,17 @@ class Recipe:
             ValueError: a key is unknown, or a value has the wrong type or is out of range.
         """
         return dataclasses.replace(self, **_checked(changes))
+
+    def with_flags(self, flags: dict[str, Any]) -> Recipe:
+        """The recipe with flags on top. Flags for other data or channels drop what was said about the former ones.
+
+        Raises:
+            ValueError: as `replace`.
+        """
+        defaults = {item.name: item.default for item in dataclasses.fields(self)}
+        about = {"data": ("subset", "split", "validation_split", "image_column"), "num_channels": ("mean", "std")}
+        dropped = [name for key, names in about.items() if key in flags for name in names]
+        return self.replace(**{**{name: defaults[name] for name in dropped}, **flags})
 
     def model_config(self) -> GreenSwinConfig:
         """The model's configuration.
@@ -212,9 +224,8 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         if bool in kinds:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["metavar"] = (
-                item.metadata["choices"] and "{" + ",".join(item.metadata["choices"]) + "}" or "VALUE"
-            )
+            choices = item.metadata["choices"]
+            options["metavar"] = "{" + ",".join(choices) + "}" if choices else "VALUE"
         if any(typing.get_origin(kind) is tuple for kind in kinds):
             options["nargs"] = "+"
         parser.add_argument("--" + item.name.replace("_", "-"), **options)
@@ -304,7 +315,7 @@ def _check_ranges(recipe: Recipe) -> None:
     at_least = {
         **dict.fromkeys(("batch_size", "gradient_accumulation_steps", "log_every", "num_channels"), 1),
         **dict.fromkeys(("keep_checkpoints", "stop_after_skipped"), 1),
-        **dict.fromkeys(("workers", "pad", "save_every", "validation_images", "warmup_epochs", "seed"), 0),
+        **dict.fromkeys(("workers", "pad", "save_every", "validate_every", "validation_images", "warmup_epochs", "seed"), 0),
         **dict.fromkeys(("weight_decay", "max_grad_norm", "min_lr_ratio", "learning_rate"), 0),
     }
     for name, minimum in at_least.items():

@@ -223,12 +223,11 @@ class SparsePlan(_TensorRecord):
 
     def check_batch(self, batch_size: int, image_size: tuple[int, int], mask_unit_size: int) -> None:
         """Raise a `ValueError` unless the plan was built for such a batch."""
-        grid = (image_size[0] // mask_unit_size, image_size[1] // mask_unit_size)
-        if grid != self.unit_grid_size or any(side % mask_unit_size for side in image_size):
+        rows, columns = (units * mask_unit_size for units in self.unit_grid_size)
+        if (rows, columns) != image_size:
             raise ValueError(
-                f"sparse_plan is for {self.unit_grid_size[0]}x{self.unit_grid_size[1]} mask units of {mask_unit_size} px, "
-                f"pixel_values are {image_size[0]}x{image_size[1]} px; build it with SparseGeometry.from_config(config, "
-                "image_size)"
+                f"sparse_plan is for images of {rows}x{columns} px, not {image_size[0]}x{image_size[1]} px; "
+                "build it with SparseGeometry.from_config(config, image_size)"
             )
         if not self.is_shared and len(self.visible_counts) != batch_size:
             raise ValueError(
@@ -266,7 +265,8 @@ def sample_masks(
         generator: source of randomness; torch's global one by default.
     """
     num_units = grid_size[0] * grid_size[1]
-    masked = torch.rand(num_masks, num_units, generator=generator).argsort(dim=1)[:, : num_masked_units(num_units, mask_ratio)]
+    order = torch.rand(num_masks, num_units, generator=generator).argsort(dim=1)
+    masked = order[:, : num_masked_units(num_units, mask_ratio)]
     return torch.zeros(num_masks, num_units, dtype=torch.bool).scatter_(1, masked, True)
 
 
@@ -394,12 +394,14 @@ def _window_of_token(
 ) -> tuple[Tensor, int]:
     """Window of each token, [T] int64, and the number of windows.
 
-    A cyclic shift with Swin's region mask equals windows cut at the border: `(row + window_size - shift) // window_size`.
+    A cyclic shift with Swin's region mask equals windows cut at the border:
+    `(row + window_size - shift) // window_size`.
     """
     window, offset = stage.window_size, stage.window_size - shift if shift else 0
     across = (stage.grid_size[1] + offset - 1) // window + 1
     per_image = ((stage.grid_size[0] + offset - 1) // window + 1) * across
-    return (image * per_image + (rows + offset) // window * across + (columns + offset) // window), num_images * per_image
+    index = image * per_image + (rows + offset) // window * across + (columns + offset) // window
+    return index, num_images * per_image
 
 
 def _build_grouping_plan(

@@ -185,7 +185,7 @@ def _window_position_index(window_size: int, table_window_size: int, device: tor
 
 
 def _shifted_regions(padded_grid: tuple[int, ...], window_size: int, shift_size: int, device: torch.device) -> Tensor:
-    """[G, S]: a number for each token of the shifted windows, equal where two tokens stand side by side in the image."""
+    """[G, S]: a number for each token of the shifted windows; equal: the two stand in one window of the image."""
     rows, columns = (
         (torch.arange(side, device=device) + window_size - shift_size).div(window_size, rounding_mode="floor")
         for side in padded_grid

@@ -10,16 +10,25 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
-from .data import EpochSampler
+from .data import (
+    EpochSampler,
+    EvaluationTransform,
+    ImageSource,
+    MaskedImageCollator,
+    PretrainingImages,
+    StreamingPretrainingImages,
+    seeded_generator,
+)
 from .modeling_green_swin import patchify, unit_statistics
 
 
@@ -116,31 +125,36 @@ class DivergenceError(RuntimeError):
 
 
 @dataclass
-class SkipCounter:
-    """Updates that were skipped because their gradients were not finite; stops a run that only skips.
+class RunState:
+    """Where a run stands; saved with a checkpoint.
 
     Attributes:
-        limit: so many in a row end the run.
-        total: of the whole run.
-        in_a_row: up to the last update.
+        update: updates done, skipped ones included.
+        skipped_updates: those whose gradients were not finite.
+        skipped_in_a_row: of these, the last ones without another between.
+        skipped_images: images that could not be decoded.
+        log_position: bytes of the log.
     """
 
-    limit: int
-    total: int = 0
-    in_a_row: int = 0
+    update: int = 0
+    skipped_updates: int = 0
+    skipped_in_a_row: int = 0
+    skipped_images: int = 0
+    log_position: int = 0
 
-    def record(self, finite: bool) -> None:
-        """Count an update.
+    def record_update(self, finite: bool, limit: int) -> None:
+        """Count an update; `finite` says whether its gradients were.
 
         Raises:
-            DivergenceError: the limit is reached.
+            DivergenceError: `limit` updates in a row were skipped.
         """
-        self.in_a_row = 0 if finite else self.in_a_row + 1
-        self.total += not finite
-        if self.in_a_row >= self.limit:
+        self.update += 1
+        self.skipped_updates += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= limit:
             raise DivergenceError(
-                f"{self.in_a_row} updates in a row had gradients that are not finite; lower --learning-rate, "
-                "use --precision bf16 or fp32, or look for broken images"
+                f"{limit} updates in a row, up to update {self.update}, had gradients that are not finite; lower "
+                "--learning-rate, use --precision bf16 or fp32, or look for broken images"
             )
 
 
@@ -174,6 +188,49 @@ class TrainingLog:
     def entries(self) -> list[dict[str, Any]]:
         """All lines, oldest first."""
         return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+
+def hold_out(source: ImageSource, count: int, seed: int) -> tuple[ImageSource, ImageSource | None]:
+    """Split a map-style source into images to train on and images to measure on, the same for the same seed.
+
+    Args:
+        source: all images.
+        count: images to measure on; no more than a tenth of all are taken.
+
+    Returns:
+        Both parts; None for the second when there are none to spare.
+    """
+    total = len(source.dataset)
+    count = min(count, total // 10)
+    if count == 0:
+        return source, None
+    order = torch.randperm(total, generator=seeded_generator(seed, total)).tolist()
+    parts = (sorted(order[count:]), sorted(order[:count]))
+    train, held = (
+        replace(source, dataset=source.dataset.select(part), num_images=len(part)) for part in parts
+    )
+    return train, held
+
+
+def fixed_batches(
+    source: ImageSource,
+    transform: EvaluationTransform,
+    collator: MaskedImageCollator,
+    *,
+    count: int,
+    batch_size: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Batches of `count` images with masks, all drawn once: the first images of a stream, random ones otherwise."""
+    images: Dataset[dict[str, Any]]
+    if source.num_images is None:
+        images = StreamingPretrainingImages(source, transform, seed=seed, shuffle_buffer=0, num_epochs=1)
+        samples = list(islice(images, count))
+    else:
+        images = PretrainingImages(source, transform, seed=seed)
+        keys = torch.randperm(len(images), generator=seeded_generator(seed)).tolist()[:count]
+        samples = [images[key] for key in keys]
+    return [collator(samples[start : start + batch_size]) for start in range(0, len(samples), batch_size)]
 
 
 @torch.no_grad()
@@ -268,13 +325,15 @@ def unused_folder(folder: Path) -> Path:
 __all__ = [
     "DivergenceError",
     "OneLineParser",
-    "SkipCounter",
+    "RunState",
     "TrainingLog",
     "UpdateBatches",
     "check_output_folder",
     "check_tracker",
     "count_updates",
+    "fixed_batches",
     "held_out_loss",
+    "hold_out",
     "is_finite",
     "mean_prediction_loss",
     "model_inputs",

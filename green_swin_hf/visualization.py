@@ -49,12 +49,12 @@ def paste_reconstruction(
         unit: side of a mask unit in pixels.
         norm_pix_loss: the model's setting of that name.
     """
-    channels, height, width = pixel_values.shape[1:]
+    height, width = pixel_values.shape[2:]
     predicted = reconstruction.to(pixel_values.dtype)
     if norm_pix_loss:
         mean, std = unit_statistics(patchify(pixel_values, unit))
         units = patchify(predicted, unit) * std + mean
-        predicted = unpatchify(units, (height // unit, width // unit), unit, channels)
+        predicted = unpatchify(units, (height // unit, width // unit), unit)
     return torch.where(_pixel_mask(pixel_values, bool_masked_pos, unit), predicted, pixel_values)
 
 

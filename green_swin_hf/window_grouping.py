@@ -287,30 +287,27 @@ def _pack(histogram: Mapping[int, int], capacity: int, lower_bound: int) -> Pack
 def _pack_by_best_fit(histogram: Mapping[int, int], capacity: int) -> Packing:
     """Best-fit decreasing over a histogram with its largest size first.
 
-    `stacks[r]` are the groups with r free slots, equal ones as (sizes, how many groups), and bit r of `rooms`
-    says that there are any: the fullest group with room for a size is the lowest bit at or above it. A group
-    that was the fullest with room stays so while it has room, hence takes `per_group` windows at once.
+    `groups_with_room[r]` are the groups with r free slots, and bit r of `rooms` says that there are any: the
+    fullest group with room for a size is the lowest bit at or above it.
     """
-    stacks: list[list[tuple[list[int], int]]] = [[] for _ in range(capacity + 1)]
+    groups_with_room: list[Packing] = [[] for _ in range(capacity + 1)]
+    packing: Packing = []
     rooms = 0
     for size, count in histogram.items():
-        while count:
-            room, group, copies = capacity, [], count  # as many new groups as are needed
+        for _ in range(count):
             fitting = rooms >> size
             if fitting:
                 room = size + (fitting & -fitting).bit_length() - 1
-                group, copies = stacks[room].pop()
-            per_group = min(room // size, count)
-            filled = min(copies, count // per_group)
-            if fitting and filled < copies:
-                stacks[room].append((group, copies - filled))
-            elif fitting and not stacks[room]:
-                rooms ^= 1 << room
-            room -= per_group * size
-            stacks[room].append((group + [size] * per_group, filled))
-            rooms |= 1 << room
-            count -= per_group * filled
-    return [group for stack in stacks for group, copies in stack for _ in range(copies)]
+                group = groups_with_room[room].pop()
+                if not groups_with_room[room]:
+                    rooms ^= 1 << room
+            else:
+                room, group = capacity, []
+                packing.append(group)
+            group.append(size)
+            groups_with_room[room - size].append(group)
+            rooms |= 1 << (room - size)
+    return packing
 
 
 def _pack_by_subset_sum(histogram: Mapping[int, int], capacity: int, largest_first: bool) -> Packing:
