@@ -67,8 +67,7 @@ class WindowGrouping:
                 f"groups   {self.num_groups} of {self.group_size} slots",
                 f"tokens   {self.num_tokens} in {sum(map(len, self.groups))} windows",
                 f"padding  {self.padding} of {self.num_slots} slots ({self.padding_ratio:.1%})",
-                f"cost     {self.cost(channels):,} multiply-adds at {channels} channels"
-                f" (one group: {one_group:,})",
+                f"cost     {self.cost(channels):,} multiply-adds at {channels} channels (one group: {one_group:,})",
             )
         )
 
