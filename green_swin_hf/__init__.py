@@ -39,7 +39,7 @@ def _register_auto_classes() -> None:
     AutoModelForMaskedImageModeling.register(GreenSwinConfig, GreenSwinForMaskedImageModeling)
     AutoModelForImageClassification.register(GreenSwinConfig, GreenSwinForImageClassification)
     AutoBackbone.register(GreenSwinConfig, GreenSwinBackbone)
-    image_processors = {"torchvision": ViTImageProcessor, "pil": ViTImageProcessorPil}
+    image_processors: dict[str, type] = {"torchvision": ViTImageProcessor, "pil": ViTImageProcessorPil}
     AutoImageProcessor.register(GreenSwinConfig, image_processor_classes=image_processors)
 
 

@@ -230,8 +230,8 @@ def _check_sizes(config: GreenSwinConfig) -> None:
         _require(_is_count(getattr(config, field)), field, getattr(config, field), "a positive integer")
     for field in ("image_size", "patch_size"):
         size = getattr(config, field)
-        sides = (size,) if isinstance(size, int) else tuple(size) if isinstance(size, (list, tuple)) else ()
-        is_size = len(sides) in (1, 2) and all(map(_is_count, sides))
+        sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+        is_size = len(sides) == 2 and all(map(_is_count, sides))
         _require(is_size, field, size, "a positive integer or a pair of them (rows, columns)")
     _require(len(set(as_pair(config.patch_size))) == 1, "patch_size", config.patch_size, "square")
 
@@ -259,6 +259,8 @@ def _check_rates(config: GreenSwinConfig) -> None:
         _require(0 <= value < 1, field, value, "at least 0 and less than 1")
     for field in ("mlp_ratio", "layer_norm_eps"):
         _require(getattr(config, field) > 0, field, getattr(config, field), "greater than 0")
+    rule = f"at least 1 / embed_dim {config.embed_dim}, for an MLP of at least one unit"
+    _require(int(config.mlp_ratio * config.embed_dim) >= 1, "mlp_ratio", config.mlp_ratio, rule)
 
 
 def _check_decoder(config: GreenSwinConfig) -> None:

@@ -271,7 +271,7 @@ class GreenSwinDropPath(nn.Module):
         if not self.training or self.drop_prob == 0.0:
             return hidden_states
         keep = torch.rand(batch_size, device=hidden_states.device) >= self.drop_prob
-        return hidden_states * layout.per_image(keep.to(hidden_states.dtype) / (1 - self.drop_prob))
+        return layout.scale_images(hidden_states, keep.to(hidden_states.dtype) / (1 - self.drop_prob))
 
     def extra_repr(self) -> str:
         return f"p={self.drop_prob}"
@@ -380,7 +380,8 @@ class GreenSwinPatchEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Whole images, padded to whole patches: [B, C, rows, columns]."""
         below, right = (-side % self.patch_size for side in pixel_values.shape[2:])
-        return self.projection(nn.functional.pad(pixel_values, (0, right, 0, below)))
+        padded = nn.functional.pad(pixel_values, (0, right, 0, below))
+        return self.projection(padded.to(self.projection.weight.dtype))
 
     def visible(self, units: Tensor) -> Tensor:
         """Visible mask units [R, V, channels, side, side] to patches in the order of the pool: [R, T, C]."""
@@ -392,7 +393,8 @@ class GreenSwinPatchEmbeddings(nn.Module):
         patches = units.permute(0, 1, *bits, 2, 3 + levels, 4 + 2 * levels).reshape(
             len(units), -1, self.projection.weight[0].numel()
         )
-        return nn.functional.linear(patches, self.projection.weight.flatten(1), self.projection.bias)
+        weight = self.projection.weight.flatten(1)
+        return nn.functional.linear(patches.to(weight.dtype), weight, self.projection.bias)
 
 
 class GreenSwinEmbeddings(nn.Module):
@@ -456,6 +458,10 @@ class GreenSwinPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     # Older Swin files carry the index; a SimMIM file carries the mask token of dense masked training.
     _keys_to_ignore_on_load_unexpected = [r"relative_position_index", r"embeddings\.mask_token"]  # noqa: RUF012
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers looks for a call that our attention does not make; `attend` reads the config
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -526,7 +532,7 @@ class GreenSwinModel(GreenSwinPreTrainedModel):
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        pixel_values = self._checked_images(pixel_values)
+        pixel_values = self.checked_images(pixel_values)
         batch_size = len(pixel_values)
         plan = self.resolve_plan(pixel_values, bool_masked_pos, sparse_plan)
         if plan is None:
@@ -559,22 +565,24 @@ class GreenSwinModel(GreenSwinPreTrainedModel):
         """
         if sparse_plan is not None and bool_masked_pos is not None:
             raise ValueError("bool_masked_pos and sparse_plan are both given; pass only one, a plan holds its masks")
-        batch_size, image_size = len(pixel_values), (pixel_values.shape[2], pixel_values.shape[3])
-        if bool_masked_pos is not None:
+        if sparse_plan is None and bool_masked_pos is None:
+            return None
+        batch_size = len(pixel_values)
+        geometry = SparseGeometry.from_config(self.config, (pixel_values.shape[2], pixel_values.shape[3]))
+        if sparse_plan is None:
             if len(bool_masked_pos) not in (1, batch_size):
                 raise ValueError(
                     f"bool_masked_pos has {len(bool_masked_pos)} rows for {batch_size} images; "
                     "give one row for all images or one for each"
                 )
-            sparse_plan = build_sparse_plan(bool_masked_pos, SparseGeometry.from_config(self.config, image_size))
-        if sparse_plan is None:
-            return None
-        sparse_plan.check_batch(batch_size, image_size, self.config.mask_unit_size)
+            sparse_plan = build_sparse_plan(bool_masked_pos, geometry)
+        sparse_plan.check_batch(batch_size, geometry)
         if sparse_plan.visible_unit_index.device != pixel_values.device:
             return sparse_plan.to(pixel_values.device, non_blocking=True)
         return sparse_plan
 
-    def _checked_images(self, pixel_values: Tensor | None) -> Tensor:
+    def checked_images(self, pixel_values: Tensor | None) -> Tensor:
+        """`pixel_values`, or a `ValueError` where they are missing or have another shape than the model takes."""
         if pixel_values is None:
             raise ValueError("pixel_values is missing: pass images of shape (batch, channels, height, width)")
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
@@ -582,7 +590,7 @@ class GreenSwinModel(GreenSwinPreTrainedModel):
                 f"pixel_values has shape {tuple(pixel_values.shape)}; the model takes "
                 f"(batch, {self.config.num_channels}, height, width)"
             )
-        return pixel_values.to(self.dtype)
+        return pixel_values
 
     def _dense_layouts(
         self, grid_size: tuple[int, int], always_partition: bool, device: torch.device
@@ -746,7 +754,7 @@ class GreenSwinForMaskedImageModeling(GreenSwinPreTrainedModel):
         Raises:
             ValueError: as [`GreenSwinModel`].
         """
-        pixel_values = self.swin._checked_images(pixel_values)
+        pixel_values = self.swin.checked_images(pixel_values)
         if self.training and bool_masked_pos is None and sparse_plan is None:
             geometry = SparseGeometry.from_config(self.config, (pixel_values.shape[2], pixel_values.shape[3]))
             bool_masked_pos = sample_masks(len(pixel_values), geometry.unit_grid_size, self.config.mask_ratio)
@@ -757,6 +765,7 @@ class GreenSwinForMaskedImageModeling(GreenSwinPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             interpolate_pos_encoding=interpolate_pos_encoding,
+            return_dict=True,
         )
         rows, columns = (-(-side // self.config.mask_unit_size) for side in pixel_values.shape[2:])
         grid_size = (rows, columns)
@@ -785,7 +794,7 @@ class GreenSwinForMaskedImageModeling(GreenSwinPreTrainedModel):
         pool = predicted.reshape(rows, -1, pixels)  # [R, masked or units of the pool, P]
         target = gather_units(pixel_values, self.config.mask_unit_size, index, plan.is_shared)
         target = _at_least_float32(target.permute(0, 1, 3, 4, 2).flatten(2))  # [R, masked of the pool, P]
-        if self.config.norm_pix_loss:
+        if self.config.norm_pix_loss and plan.num_masked:
             mean, deviation = unit_statistics(target)
             target = (target - mean) / deviation
         masked = pool if masked_only else pool.index_select(1, index)
@@ -829,6 +838,7 @@ class GreenSwinForImageClassification(GreenSwinPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             interpolate_pos_encoding=interpolate_pos_encoding,
+            return_dict=True,
         )
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
@@ -889,11 +899,13 @@ class GreenSwinBackbone(BackboneMixin, GreenSwinPreTrainedModel):
             interpolate_pos_encoding=interpolate_pos_encoding,
             always_partition=True,
             output_hidden_states_before_downsampling=True,
+            return_dict=True,
         )
         maps = dict(zip(self.stage_names, outputs.reshaped_hidden_states, strict=True))
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        feature_maps: Any = tuple(self._normed(stage, maps[stage]) for stage in self.out_features)
         return BackboneOutput(
-            feature_maps=tuple(self._normed(stage, maps[stage]) for stage in self.out_features),
+            feature_maps=feature_maps,
             hidden_states=outputs.reshaped_hidden_states if keep_states else None,
             attentions=outputs.attentions,
         )

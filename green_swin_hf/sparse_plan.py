@@ -113,7 +113,7 @@ class GroupingPlan(_TensorRecord):
         gather_index: [G * S] int64, pool index of the token in each slot; a pad repeats token 0.
             `None`: one group holds the pool in its own order, nothing has to move.
         scatter_index: [T] int64, the slot (in 0 … G * S - 1) of each token; `None` with `gather_index`.
-        relative_position_index: [G, S, S] int64, row of the position table for query slot i and key slot j; the row
+        relative_position_index: [G, S, S] int32, row of the position table for query slot i and key slot j; the row
             *after* the table's last one where i may not attend to j: another window, or a pad. A pad attends to itself.
 
     Example: a 1 x 4 grid in windows of 2 tokens (the table of a 2 x 2 window has 9 rows, the relative position (0, 0)
@@ -159,7 +159,7 @@ class SparsePlan(_TensorRecord):
     bit above the row bit, so that patch merging is `view(…, T / 4, 4 C)` in Swin's channel order.
 
     Attributes:
-        unit_grid_size: mask units (rows, columns) of an image.
+        geometry: sizes of the model and the images that the plan is for.
         bool_masked_pos: [M, units] bool, True = masked; M = 1 when the mask is shared by the batch, else one row for
             each image.
         visible_unit_index, masked_unit_index: [V] and [M * units - V] int64, raster index of the visible and of the
@@ -170,7 +170,7 @@ class SparsePlan(_TensorRecord):
         stages: one `StagePlan` for each stage.
     """
 
-    unit_grid_size: tuple[int, int]
+    geometry: SparseGeometry
     bool_masked_pos: Tensor
     visible_unit_index: Tensor
     masked_unit_index: Tensor
@@ -182,7 +182,7 @@ class SparsePlan(_TensorRecord):
     @property
     def num_units(self) -> int:
         """Mask units of an image."""
-        return self.unit_grid_size[0] * self.unit_grid_size[1]
+        return self.geometry.num_units
 
     @property
     def is_shared(self) -> bool:
@@ -221,13 +221,18 @@ class SparsePlan(_TensorRecord):
         flat = self.bool_masked_pos.new_zeros(batch_size * longest)
         return flat.index_fill(0, self.padded_index, True).view(batch_size, longest)
 
-    def check_batch(self, batch_size: int, image_size: tuple[int, int], mask_unit_size: int) -> None:
-        """Raise a `ValueError` unless the plan was built for such a batch."""
-        rows, columns = (units * mask_unit_size for units in self.unit_grid_size)
-        if (rows, columns) != image_size:
+    def check_batch(self, batch_size: int, geometry: SparseGeometry) -> None:
+        """Raise a `ValueError` unless the plan was built for such a batch of a model with this geometry."""
+        (rows, columns), (wanted_rows, wanted_columns) = self.geometry.unit_grid_size, geometry.unit_grid_size
+        if (rows, columns) != (wanted_rows, wanted_columns):
             raise ValueError(
-                f"sparse_plan is for images of {rows}x{columns} px, not {image_size[0]}x{image_size[1]} px; "
-                "build it with SparseGeometry.from_config(config, image_size)"
+                f"sparse_plan is for images of {rows}x{columns} mask units, pixel_values have "
+                f"{wanted_rows}x{wanted_columns}; build it with SparseGeometry.from_config(config, image_size)"
+            )
+        if self.geometry.stages != geometry.stages:
+            raise ValueError(
+                f"sparse_plan was built for a model with the stages {self.geometry.stages}, this one has "
+                f"{geometry.stages}; build it with SparseGeometry.from_config(model.config)"
             )
         if not self.is_shared and len(self.visible_counts) != batch_size:
             raise ValueError(
@@ -330,7 +335,7 @@ def build_sparse_plan(bool_masked_pos: Tensor, geometry: SparseGeometry) -> Spar
         stages.append(_build_stage_plan(rows, columns, image_of_token, len(masks), stage, geometry.group_size))
         rows, columns = rows[::4] // 2, columns[::4] // 2
     return SparsePlan(
-        unit_grid_size=geometry.unit_grid_size,
+        geometry=geometry,
         bool_masked_pos=masks,
         visible_unit_index=visible.flatten().nonzero().flatten(),
         masked_unit_index=masks.flatten().nonzero().flatten(),
@@ -414,7 +419,7 @@ def _build_grouping_plan(
     order, slot = _assign_slots(window, sizes, grouping)
     gather_index = torch.zeros(grouping.num_slots, dtype=torch.int64)
     gather_index[slot] = order
-    slot_window = torch.full_like(gather_index, -1)
+    slot_window = -1 - torch.arange(grouping.num_slots)  # a pad is a window of its own
     slot_window[slot] = window[order]
     shape = (grouping.num_groups, grouping.group_size)
     index = _relative_position_index(position[gather_index].view(shape), slot_window.view(shape), table_window)
@@ -438,14 +443,11 @@ def _assign_slots(window: Tensor, sizes: list[int], grouping: WindowGrouping) ->
 
 
 def _relative_position_index(position: Tensor, window: Tensor, table_window: int) -> Tensor:
-    """[G, S, S]: row of the position table for each pair of slots, see `GroupingPlan`; window -1 marks a pad."""
+    """[G, S, S] int32: row of the position table for each pair of slots, see `GroupingPlan`."""
     table_side = 2 * table_window - 1
-    index = position[:, :, None] - position[:, None, :] + (table_side + 1) * (table_window - 1)
-    forbidden = window[:, :, None] != window[:, None, :]
-    pad = window < 0
-    if pad.any():
-        forbidden |= pad[:, :, None] & ~torch.eye(window.shape[1], dtype=torch.bool)
-    return index.masked_fill_(forbidden, table_side**2)
+    position, window = position.int(), window.int()  # the largest tensors of a plan: half the bytes to make and move
+    index = (position + (table_side + 1) * (table_window - 1))[:, :, None] - position[:, None, :]
+    return index.masked_fill_(window[:, :, None] != window[:, None, :], table_side**2)
 
 
 __all__ = [

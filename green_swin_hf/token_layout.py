@@ -8,7 +8,7 @@ blocks of the encoder do not know whether the images they see are masked:
     scatter          the inverse, to the tokens' own order                     [R, h, G, S, d] -> [R, T, C]
     position_bias    what attention adds to the scores, -inf where forbidden   [P, h] -> [h, G or 1, S, S]
     merge_siblings   the four children of each merged token side by side       [R, T, C] -> [R, T / 4, 4 C]
-    per_image        one number for each image, ready to multiply tokens with  [B] -> [R, T or 1, 1]
+    scale_images     tokens times one number for each image                    [R, T, C], [B] -> [R, T, C]
 
 R rows of hidden states, T tokens of a row, C channels, h heads, d channels of a head, G windows or groups of windows,
 S slots of each, P rows of the position table, B images. Dense rows are images; the rows of visible tokens are images
@@ -109,8 +109,8 @@ class DenseLayout:
         siblings = [grid[:, row::2, column::2] for column in range(2) for row in range(2)]
         return torch.cat(siblings, dim=-1).flatten(1, 2)
 
-    def per_image(self, values: Tensor) -> Tensor:
-        return values[:, None, None]
+    def scale_images(self, tokens: Tensor, factors: Tensor) -> Tensor:
+        return tokens * factors[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,11 @@ class VisibleLayout:
     def merge_siblings(self, tokens: Tensor) -> Tensor:
         return tokens.reshape(len(tokens), -1, 4 * tokens.shape[-1])
 
-    def per_image(self, values: Tensor) -> Tensor:
+    def scale_images(self, tokens: Tensor, factors: Tensor) -> Tensor:
         if self.image_index is None:
-            return values[:, None, None]
-        return values[self.image_index][None, :, None]
+            return tokens * factors[:, None, None]
+        units = tokens.unflatten(1, (len(self.image_index), -1))  # [1, V, tokens of a unit, C]
+        return (units * factors[self.image_index, None, None]).flatten(1, 2)
 
 
 Layout = DenseLayout | VisibleLayout

@@ -13,7 +13,6 @@ group window attention and on optimal grouping.
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 # A packing is a list of groups, each a list of window sizes; which windows have those sizes is decided last.
 Packing = list[list[int]]
@@ -194,7 +193,7 @@ def solve_optimal_grouping(sizes: Sequence[int], channels: int) -> WindowGroupin
 
 def choose_grouping(
     sizes: Sequence[int],
-    group_size: Literal["window", "optimal"] | int,
+    group_size: str | int,
     window_area: int,
     channels: int,
 ) -> WindowGrouping:

@@ -137,5 +137,5 @@ def test_published_misplacement_would_not_pass(model, expected, mask):
     assert unit_of_latent.sort().values.tolist() == (~mask[0]).nonzero().flatten().tolist()
     misplaced = latents[:, unit_of_latent.argsort()]  # our decoder takes them in raster order of those units
     plan = build_sparse_plan(mask, SparseGeometry.from_config(model.config))
-    prediction = model.decoder(misplaced, plan.unit_grid_size, plan, masked_only=False)
+    prediction = model.decoder(misplaced, plan.geometry.unit_grid_size, plan, masked_only=False)
     assert largest_error(prediction, expected["prediction"]) > 100 * 1e-5  # the tolerance of the tests above
