@@ -70,7 +70,7 @@ def load_images(
 
     Raises:
         ValueError: missing path, unknown name, split or column, several columns to choose from, a Hub that
-            does not answer, an empty split: one line that names the value and the remedy.
+            does not answer: one line that names the value and the remedy.
     """
     name = os.fspath(source)
     splits = _open_splits(name, streaming, subset)
@@ -82,8 +82,6 @@ def load_images(
     column = _find_image_column(dataset.features, image_column, name)
     dataset = dataset.cast_column(column, datasets.Image(decode=False))
     num_images = None if isinstance(dataset, datasets.IterableDataset) else len(dataset)
-    if num_images == 0:
-        raise ValueError(f"split {split!r} of data set {name!r} is empty; choose another split or source")
     return ImageSource(dataset, column, name, num_images)
 
 
@@ -195,7 +193,9 @@ def _one_line_errors(name: str, load: Callable[[], Any]) -> Any:
         return load()
     except Exception as error:  # anything: readers of files and of the network raise what they like
         reason = " ".join(str(error.__cause__ or error).split())[:300]
-        remedy = "choose one with --subset" if "Config" in reason else "check name, files and disk space"
+        remedies = {"Config": "choose one with --subset", "Offline": "unset HF_HUB_OFFLINE to download it"}
+        fitting = (remedy for word, remedy in remedies.items() if word in reason)
+        remedy = next(fitting, "check name, files and disk space")
         raise ValueError(f"data set {name!r} cannot be loaded: {reason}; {remedy}") from error
 
 
