@@ -212,6 +212,7 @@ class GreenSwinConfig(BackboneConfigMixin, PreTrainedConfig):
         _check_sizes(self)
         _check_stages(self)
         _check_rates(self)
+        _check_activation(self)
         _check_decoder(self)
         _check_group_size(self)
 
@@ -261,6 +262,13 @@ def _check_rates(config: GreenSwinConfig) -> None:
         _require(getattr(config, field) > 0, field, getattr(config, field), "greater than 0")
     rule = f"at least 1 / embed_dim {config.embed_dim}, for an MLP of at least one unit"
     _require(int(config.mlp_ratio * config.embed_dim) >= 1, "mlp_ratio", config.mlp_ratio, rule)
+
+
+def _check_activation(config: GreenSwinConfig) -> None:
+    from transformers.activations import ACT2FN  # imports torch, which only building a model needs otherwise
+
+    rule = f"an activation of transformers: {', '.join(sorted(ACT2FN))}"
+    _require(config.hidden_act in ACT2FN, "hidden_act", config.hidden_act, rule)
 
 
 def _check_decoder(config: GreenSwinConfig) -> None:

@@ -452,7 +452,7 @@ class GreenSwinPreTrainedModel(PreTrainedModel):
     config_class = GreenSwinConfig
     base_model_prefix = "swin"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _no_split_modules = ["GreenSwinStage"]  # noqa: RUF012 (transformers' own attribute)
     _supports_sdpa = True
@@ -569,13 +569,14 @@ class GreenSwinModel(GreenSwinPreTrainedModel):
             return None
         batch_size = len(pixel_values)
         geometry = SparseGeometry.from_config(self.config, (pixel_values.shape[2], pixel_values.shape[3]))
-        if sparse_plan is None:
+        if bool_masked_pos is not None:
             if len(bool_masked_pos) not in (1, batch_size):
                 raise ValueError(
                     f"bool_masked_pos has {len(bool_masked_pos)} rows for {batch_size} images; "
                     "give one row for all images or one for each"
                 )
             sparse_plan = build_sparse_plan(bool_masked_pos, geometry)
+        assert sparse_plan is not None
         sparse_plan.check_batch(batch_size, geometry)
         if sparse_plan.visible_unit_index.device != pixel_values.device:
             return sparse_plan.to(pixel_values.device, non_blocking=True)
@@ -667,17 +668,18 @@ def _masked_units(units: Tensor, plan: SparsePlan) -> Tensor:
     return rows.index_select(1, plan.masked_unit_index).reshape(len(units), -1, units.shape[-1])
 
 
-def position_encoding(grid_size: tuple[int, int], width: int, device: torch.device) -> Tensor:
+def position_encoding(grid_size: tuple[int, int], width: int, like: Tensor) -> Tensor:
     """Fixed 2-D sine-cosine positions, [rows * columns, width]: first half for the column, second for the row.
 
-    As in MAE: frequencies 10000^(-i / (width / 4)), sines before cosines.
+    As in MAE: frequencies 10000^(-i / (width / 4)), sines before cosines. On the device and in the type of `like`.
     """
-    frequencies = 10000.0 ** -(torch.arange(width // 4, device=device, dtype=torch.float32) / (width // 4))
-    row, column = (torch.arange(side, device=device, dtype=torch.float32) for side in grid_size)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    frequencies = 10000.0 ** -(torch.arange(width // 4, device=like.device, dtype=dtype) / (width // 4))
+    row, column = (torch.arange(side, device=like.device, dtype=dtype) for side in grid_size)
     row_angles, column_angles = row[:, None] * frequencies, column[:, None] * frequencies
     row_code = torch.cat([row_angles.sin(), row_angles.cos()], dim=1)[:, None].expand(*grid_size, -1)
     column_code = torch.cat([column_angles.sin(), column_angles.cos()], dim=1)[None].expand(*grid_size, -1)
-    return torch.cat([column_code, row_code], dim=-1).flatten(0, 1)
+    return torch.cat([column_code, row_code], dim=-1).flatten(0, 1).to(like.dtype)
 
 
 class GreenSwinDecoder(nn.Module):
@@ -709,7 +711,7 @@ class GreenSwinDecoder(nn.Module):
         units = self.embed(latents)
         if plan is not None:
             units = self._place(units, plan)
-        units = units + position_encoding(grid_size, units.shape[-1], units.device).to(units.dtype)
+        units = units + position_encoding(grid_size, units.shape[-1], units)
         for index, layer in enumerate(self.layers):
             is_last = index == len(self.layers) - 1
             units = layer(units, plan if is_last and masked_only else None)

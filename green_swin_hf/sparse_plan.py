@@ -322,7 +322,7 @@ def build_sparse_plan(bool_masked_pos: Tensor, geometry: SparseGeometry) -> Spar
     Raises:
         ValueError: as `unit_masks`.
     """
-    masks = unit_masks(bool_masked_pos, geometry)
+    masks = unit_masks(bool_masked_pos, geometry).clone()  # a value of its own, whatever the caller does to the mask
     if (masks == masks[:1]).all():
         masks = masks[:1]
     visible = ~masks
