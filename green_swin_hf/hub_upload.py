@@ -42,9 +42,7 @@ def prepare_upload(repo_id: str, *, private: bool = True) -> str:
         raise ValueError(
             f"the Hub at {endpoint} refuses {repo_id!r}: {_short(error)}; check HF_TOKEN and --hub-model-id"
         ) from None
-    except (
-        Exception
-    ) as error:  # the HTTP library's own types, which differ between versions of huggingface_hub
+    except Exception as error:  # the HTTP library's own types, which differ between versions of huggingface_hub
         raise ValueError(
             f"the Hub at {endpoint} does not answer ({type(error).__name__}); check the connection and HF_ENDPOINT, "
             "or train without --push-to-hub"

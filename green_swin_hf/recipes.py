@@ -56,35 +56,23 @@ class Recipe:
     data: str = _option("", "folder of images, Parquet file, or name of a data set on the Hub")
     subset: str | None = _option(None, "configuration of the data set")
     split: str = _option("train", "split to pretrain on")
-    validation_split: str | None = _option(
-        None, "split for validation; without one, images are held out of the split"
-    )
+    validation_split: str | None = _option(None, "split for validation; without one, images are held out of the split")
     validation_images: int = _option(256, "images for validation and reconstructions, 0 for none")
-    image_column: str | None = _option(
-        None, "column with the images; found by itself where there is only one"
-    )
+    image_column: str | None = _option(None, "column with the images; found by itself where there is only one")
     streaming: bool = _option(False, "read the data set while training instead of loading it first")
-    workers: int = _option(
-        0, "processes that prepare batches, for each training process; 0: none of their own"
-    )
+    workers: int = _option(0, "processes that prepare batches, for each training process; 0: none of their own")
     # Images
     image_size: int | tuple[int, ...] = _option(224, "pixels, one number or rows and columns")
     num_channels: int = _option(3, "channels of the images: 1 grey, 3 colour")
     pad: int = _option(0, "pixels of zeros around each image before it is cropped")
-    crop_scale: tuple[float, ...] = _option(
-        (0.2, 1.0), "smallest and largest share of the area in a random crop"
-    )
-    crop_ratio: tuple[float, ...] = _option(
-        (3 / 4, 4 / 3), "smallest and largest ratio of width to height of a crop"
-    )
+    crop_scale: tuple[float, ...] = _option((0.2, 1.0), "smallest and largest share of the area in a random crop")
+    crop_ratio: tuple[float, ...] = _option((3 / 4, 4 / 3), "smallest and largest ratio of width to height of a crop")
     flip: bool = _option(True, "mirror half of the images")
     mean: tuple[float, ...] | None = _option(None, "mean of each channel, of pixels in 0 … 1")
     std: tuple[float, ...] | None = _option(None, "standard deviation of each channel")
     # Masks
     mask_ratio: float = _option(0.75, "share of each image that is masked, between 0 and 1")
-    mask_unit_size: int | None = _option(
-        None, "side of a masked square in pixels, a multiple of the model's unit"
-    )
+    mask_unit_size: int | None = _option(None, "side of a masked square in pixels, a multiple of the model's unit")
     mask_sharing: str = _option("image", "a mask for each image, or one for the batch", ("image", "batch"))
     # Model
     variant: str | None = _option(None, "named Swin to start from", ("tiny", "small", "base", "large"))
@@ -150,7 +138,10 @@ class Recipe:
             ValueError: as `replace`.
         """
         defaults = {item.name: item.default for item in dataclasses.fields(self)}
-        about = {"data": ("subset", "split", "validation_split", "image_column"), "num_channels": ("mean", "std")}
+        about = {
+            "data": ("subset", "split", "validation_split", "image_column"),
+            "num_channels": ("mean", "std"),
+        }
         dropped = [name for key, names in about.items() if key in flags for name in names]
         return self.replace(**{**{name: defaults[name] for name in dropped}, **flags})
 
@@ -237,9 +228,7 @@ def flag_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     values = {name: getattr(arguments, name) for name in names}
     # A flag that takes several values gives a list; a field that takes one or several wants one as such.
     single = {name for name, value in values.items() if isinstance(value, list) and len(value) == 1}
-    return {
-        name: value[0] if name in single and int in _kinds(name) else value for name, value in values.items()
-    }
+    return {name: value[0] if name in single and int in _kinds(name) else value for name, value in values.items()}
 
 
 def _kinds(name: str) -> tuple[Any, ...]:
@@ -315,7 +304,10 @@ def _check_ranges(recipe: Recipe) -> None:
     at_least = {
         **dict.fromkeys(("batch_size", "gradient_accumulation_steps", "log_every", "num_channels"), 1),
         **dict.fromkeys(("keep_checkpoints", "stop_after_skipped"), 1),
-        **dict.fromkeys(("workers", "pad", "save_every", "validate_every", "validation_images", "warmup_epochs", "seed"), 0),
+        **dict.fromkeys(
+            ("workers", "pad", "save_every", "validate_every", "validation_images", "warmup_epochs", "seed"),
+            0,
+        ),
         **dict.fromkeys(("weight_decay", "max_grad_norm", "min_lr_ratio", "learning_rate"), 0),
     }
     for name, minimum in at_least.items():
@@ -332,9 +324,7 @@ def _check_ranges(recipe: Recipe) -> None:
         values = getattr(recipe, name)
         if values is not None and len(values) != recipe.num_channels:
             values = list(values)
-            raise ValueError(
-                f"{name} {values} must have one number for each of the {recipe.num_channels} channels"
-            )
+            raise ValueError(f"{name} {values} must have one number for each of the {recipe.num_channels} channels")
     if min(recipe.pixel_std) <= 0:
         raise ValueError(f"std {list(recipe.pixel_std)} must be greater than 0")
     for name in ("crop_scale", "crop_ratio", "betas"):

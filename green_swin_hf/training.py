@@ -19,7 +19,9 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
+from transformers.utils import logging as transformers_logging
 
+from .configuration_green_swin import GreenSwinConfig
 from .data import (
     EpochSampler,
     EvaluationTransform,
@@ -29,7 +31,7 @@ from .data import (
     StreamingPretrainingImages,
     seeded_generator,
 )
-from .modeling_green_swin import patchify, unit_statistics
+from .modeling_green_swin import GreenSwinForMaskedImageModeling, patchify, unit_statistics
 
 
 class UpdateBatches(Sampler[list[int]]):
@@ -170,11 +172,13 @@ class TrainingLog:
         self.path = path
         self._file = path.open("ab")
         self._file.truncate(min(position, path.stat().st_size))
+        self._last = next(reversed(self.entries()), None)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Add a line; numbers that are not finite become null."""
         entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         self._file.write(json.dumps(entry).encode() + b"\n")
+        self._last = entry
         self._file.flush()
 
     def position(self) -> int:
@@ -184,6 +188,10 @@ class TrainingLog:
 
     def close(self) -> None:
         self._file.close()
+
+    def last_entry(self) -> dict[str, Any] | None:
+        """The newest line."""
+        return self._last
 
     def entries(self) -> list[dict[str, Any]]:
         """All lines, oldest first."""
@@ -206,9 +214,7 @@ def hold_out(source: ImageSource, count: int, seed: int) -> tuple[ImageSource, I
         return source, None
     order = torch.randperm(total, generator=seeded_generator(seed, total)).tolist()
     parts = (sorted(order[count:]), sorted(order[:count]))
-    train, held = (
-        replace(source, dataset=source.dataset.select(part), num_images=len(part)) for part in parts
-    )
+    train, held = (replace(source, dataset=source.dataset.select(part), num_images=len(part)) for part in parts)
     return train, held
 
 
@@ -233,6 +239,50 @@ def fixed_batches(
     return [collator(samples[start : start + batch_size]) for start in range(0, len(samples), batch_size)]
 
 
+def load_for_continued_training(
+    folder: str | os.PathLike[str], config: GreenSwinConfig
+) -> GreenSwinForMaskedImageModeling:
+    """A model with the weights of a folder (or a repository on the Hub) as a start; a missing decoder stays random.
+
+    Args:
+        folder: of a GreenSwin, or of a stock Swin with its published parameter names.
+        config: of the model that is to be trained.
+
+    Raises:
+        ValueError: the folder does not load, is of another shape than `config`, or holds no encoder.
+    """
+    try:
+        with _quiet_transformers():
+            model, report = GreenSwinForMaskedImageModeling.from_pretrained(
+                folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"--init-from {folder} cannot be loaded: {error}") from None
+    if report["mismatched_keys"]:
+        name, found, wanted = sorted(report["mismatched_keys"])[0]
+        raise ValueError(
+            f"--init-from {folder} does not fit the recipe: {name} is {list(found)} there and {list(wanted)} here; "
+            "give the variant, patch_size, window_size, image_size and num_channels that it was made with"
+        )
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith("decoder."))
+    if missing:
+        raise ValueError(
+            f"--init-from {folder} lacks {len(missing)} weights of the recipe's encoder, such as {missing[0]}; "
+            "give the variant and depths that it was made with"
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
 @torch.no_grad()
 def held_out_loss(model: nn.Module, batches: Iterable[dict[str, Any]], device: torch.device) -> float:
     """Mean loss over images whose masks are part of the batches, so that it compares between moments of a run."""
@@ -247,7 +297,7 @@ def held_out_loss(model: nn.Module, batches: Iterable[dict[str, Any]], device: t
     return total / count
 
 
-def mean_prediction_loss(batches: Iterable[dict[str, Any]], unit: int, *, norm_pix_loss: bool) -> float:
+def mean_prediction_loss(batches: Iterable[dict[str, Any]], unit: int, norm_pix_loss: bool) -> float:
     """The loss, on the masks of the batches, of a model that predicts the mean of every masked unit's pixels.
 
     With normalised targets it is just below 1 (less by the share of flat units, whose target is 0).
@@ -304,13 +354,9 @@ def check_output_folder(folder: Path) -> None:
     """Raise a `ValueError` unless the folder can be made or written to. Makes nothing."""
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not existing.is_dir():
-        raise ValueError(
-            f"output folder {folder} cannot be made: {existing} is a file; give another --output-dir"
-        )
+        raise ValueError(f"output folder {folder} cannot be made: {existing} is a file; give another --output-dir")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"output folder {folder} cannot be written: no permission in {existing}; change --output-dir"
-        )
+        raise ValueError(f"output folder {folder} cannot be written: no permission in {existing}; change --output-dir")
 
 
 def unused_folder(folder: Path) -> Path:
@@ -335,6 +381,7 @@ __all__ = [
     "held_out_loss",
     "hold_out",
     "is_finite",
+    "load_for_continued_training",
     "mean_prediction_loss",
     "model_inputs",
     "one_line_errors",

@@ -29,9 +29,7 @@ def masked_images(images: Tensor, bool_masked_pos: Tensor, unit: int, fill: floa
         unit: side of a mask unit in pixels.
         fill: value of masked pixels.
     """
-    return torch.where(
-        _pixel_mask(images, bool_masked_pos, unit), torch.as_tensor(fill, dtype=images.dtype), images
-    )
+    return torch.where(_pixel_mask(images, bool_masked_pos, unit), torch.as_tensor(fill, dtype=images.dtype), images)
 
 
 def paste_reconstruction(
@@ -101,9 +99,7 @@ def reconstruction_figure(
             axes = figure.add_axes(box)
             _draw_image(axes, batch[index])
             if row == 0:
-                axes.set_title(
-                    ("original", "masked", "reconstruction")[column], fontsize=9, pad=3, color=_INK
-                )
+                axes.set_title(("original", "masked", "reconstruction")[column], fontsize=9, pad=3, color=_INK)
     if title:
         figure.text(margin / total_width, 1 - margin / total_height, title, fontsize=10, va="top", color=_INK)
     return figure
@@ -115,17 +111,19 @@ def loss_figure(
     mean_prediction_loss: float | None = None,
     validation: Sequence[tuple[float, float]] = (),
     title: str = "",
+    x: str = "epoch",
 ) -> Figure:
     """The loss over epochs, as logged and smoothed, above a small panel with the learning rate.
 
     Args:
-        log: entries with `epoch`, `loss` and `learning_rate`, oldest first; entries whose loss is None are left out.
-        mean_prediction_loss: loss of predicting each unit's mean, drawn as a dashed line.
-        validation: pairs of epoch and loss on held-out images.
+        log: entries with `x`, `loss` and `learning_rate`, oldest first; entries whose loss is None are left out.
+        mean_prediction_loss: loss of predicting each unit's mean of the images of `validation`, drawn as a dashed line.
+        validation: pairs of `x` and loss on held-out images.
         title: one line above the picture.
+        x: what the horizontal axis counts, `"epoch"` or `"step"`.
     """
     entries = [entry for entry in log if entry.get("loss") is not None]
-    epochs = [entry["epoch"] for entry in entries]
+    epochs = [entry[x] for entry in entries]
     losses = [entry["loss"] for entry in entries]
     figure = Figure(figsize=(7.2, 4.4), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
@@ -135,15 +133,15 @@ def loss_figure(
     if validation:
         upper.plot(*zip(*validation, strict=True), "o", color=_ORANGE, markersize=4, label="held-out images")
     if mean_prediction_loss is not None:
-        text = f"predicting each unit's mean ({mean_prediction_loss:.3f})"
-        upper.axhline(mean_prediction_loss, color=_INK, linestyle="--", linewidth=1.2, label=text)
+        text = f"held-out images, predicting each unit's mean ({mean_prediction_loss:.3f})"
+        upper.axhline(mean_prediction_loss, color=_ORANGE, linestyle="--", linewidth=1.4, label=text)
     _limit_to_most(upper, [*losses, *(loss for _, loss in validation)], mean_prediction_loss)
     upper.set_ylabel("loss")
     upper.legend(fontsize=8, frameon=False)
     lower.plot(epochs, [entry["learning_rate"] for entry in entries], color=_GREEN, linewidth=1.5)
     lower.set_ylabel("learning\nrate")
     lower.set_ylim(bottom=0)
-    lower.set_xlabel("epoch")
+    lower.set_xlabel("update" if x == "step" else x)
     lower.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
     for axes in (upper, lower):
         axes.grid(True, color="#DDDDDD", linewidth=0.6)

@@ -1,0 +1,719 @@
+"""Pretrain GreenSwin by masked image modeling.
+
+    accelerate launch examples/pretrain.py                     # embedded data, minutes on a bare CPU
+    accelerate launch examples/pretrain.py --recipe examples/recipes/swin_base_window7.yaml --data my/images
+    accelerate launch examples/pretrain.py --output-dir outputs/pretrain --resume auto
+
+Every key of a recipe is a flag as well. Exit codes: 0 done, 1 failed while training, 2 wrong input, nothing written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object, parse_flag_from_env, send_to_device, set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import ViTImageProcessor
+from transformers.utils import logging as transformers_logging
+
+from green_swin_hf import GreenSwinConfig, GreenSwinForMaskedImageModeling, SparseGeometry
+from green_swin_hf.checkpointing import (
+    find_damage,
+    list_checkpoints,
+    load_weights,
+    newest_checkpoint,
+    random_state,
+    read_trainer_state,
+    read_training_state,
+    replace_files,
+    restore_random_state,
+    save_checkpoint,
+)
+from green_swin_hf.configuration_green_swin import as_pair
+from green_swin_hf.data import (
+    EpochSampler,
+    EvaluationTransform,
+    ImageSource,
+    MaskedImageCollator,
+    PretrainingImages,
+    PretrainingTransform,
+    StreamingPretrainingImages,
+    load_images,
+    mask_unit_multiple,
+)
+from green_swin_hf.hub_upload import prepare_upload, upload_files
+from green_swin_hf.optimization import build_optimizer, cosine_schedule, native_bf16, scaled_learning_rate
+from green_swin_hf.recipes import Recipe, add_recipe_flags, flag_overrides, load_recipe, save_recipe
+from green_swin_hf.training import (
+    DivergenceError,
+    OneLineParser,
+    RunState,
+    TrainingLog,
+    UpdateBatches,
+    check_output_folder,
+    check_tracker,
+    count_updates,
+    fixed_batches,
+    held_out_loss,
+    hold_out,
+    is_finite,
+    load_for_continued_training,
+    mean_prediction_loss,
+    model_inputs,
+    one_line_errors,
+    unused_folder,
+)
+
+DEFAULT_RECIPE = Path(__file__).resolve().parent / "recipes" / "fashion_mnist_tiny.yaml"
+DEFAULT_OUTPUT = Path("outputs/pretrain")
+NUM_PICTURES = 12
+
+
+@dataclass
+class Run:
+    """What the steps of a run share."""
+
+    recipe: Recipe
+    output: Path
+    accelerator: Accelerator
+    processor: ViTImageProcessor
+    model: Any
+    optimizer: Any
+    scheduler: Any
+    state: RunState
+    images_per_update: int
+    updates_per_epoch: int | None
+    total_updates: int
+    num_images: int | None
+    fixed_batches: list[dict[str, Any]]
+    reference_loss: float | None
+    has_held_out: bool
+    log: TrainingLog | None = None  # of the main process only
+    final_loss: float | None = None
+    named_images: set[str] = field(default_factory=set)
+
+    @property
+    def epoch(self) -> float | None:
+        return self.state.update / self.updates_per_epoch if self.updates_per_epoch else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    started = time.monotonic()
+    # All that can be wrong with the input shows in this block, before anything is written.
+    with one_line_errors("pretrain.py"):
+        arguments = parse_arguments(argv)
+        output, checkpoint = find_run(arguments)
+        resumed = read_trainer_state(checkpoint) if checkpoint else None
+        recipe = read_recipe(arguments, output, resumed)
+        config = recipe.model_config()
+        accelerator = build_accelerator(recipe, arguments, output)
+
+        # Data: images to train on, and batches with fixed masks to measure on
+        source, held_out = open_data(recipe)
+        transform, unchanged = build_transforms(recipe, config)
+        collator = build_collator(recipe, config)
+        fixed = fixed_batches(
+            held_out or source,
+            unchanged,
+            collator,
+            count=recipe.validation_images,
+            batch_size=64,
+            seed=recipe.seed,
+        )
+        images_per_update = recipe.batch_size * accelerator.num_processes * recipe.gradient_accumulation_steps
+        updates_per_epoch, total_updates = count_run(recipe, source, accelerator.num_processes)
+        refuse_changes(resumed, recipe, source, accelerator.num_processes)
+
+        # Model, optimizer, schedule
+        set_seed(recipe.seed)
+        if arguments.init_from:
+            model = load_for_continued_training(arguments.init_from, config)
+        else:
+            model = GreenSwinForMaskedImageModeling(config)
+        peak = scaled_learning_rate(recipe.learning_rate, images_per_update)
+        optimizer = build_optimizer(model, peak, weight_decay=recipe.weight_decay, betas=recipe.betas)
+        # The length of an epoch of a stream is not known: there the warm-up keeps its share of the run.
+        warmup = round(recipe.warmup_epochs * (updates_per_epoch or total_updates / recipe.epochs))
+        warmup = min(warmup, total_updates)
+        scheduler = cosine_schedule(optimizer, warmup, total_updates, recipe.min_lr_ratio)
+        hub_id = open_hub(arguments, output) if accelerator.is_main_process else None
+    accelerator.wait_for_everyone()
+
+    # Prepare. From here on files are written.
+    model, optimizer = accelerator.prepare(model, optimizer)
+    state = RunState(**resumed["state"]) if resumed else RunState()
+    reference = mean_prediction_loss(fixed, config.mask_unit_size, config.norm_pix_loss) if fixed else None
+    run = Run(
+        recipe, output, accelerator, build_processor(recipe, config), model, optimizer, scheduler, state,
+        images_per_update, updates_per_epoch, total_updates, source.num_images, fixed, reference,
+        held_out is not None,
+    )  # fmt: skip
+    set_seed(recipe.seed + 1 + accelerator.process_index)  # stochastic depth differs between processes
+    if checkpoint:
+        restore(run, checkpoint)
+    open_output(run, arguments.report_to)
+    loader = build_loader(run, source, transform, collator)
+    print_heading(run, config, source, peak, warmup, checkpoint)
+    progress = tqdm(
+        total=total_updates, initial=state.update, disable=not accelerator.is_main_process, unit="update",
+        mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True, smoothing=0.05,
+    )  # fmt: skip
+
+    # Train
+    model.train()
+    stop_at = min(total_updates, state.update + (arguments.stop_after or total_updates))
+    batches = iter(loader)
+    since, images_since = time.monotonic(), 0
+    try:
+        while state.update < stop_at:
+            loss, skipped_names = forward_backward(run, batches)
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm or math.inf)
+            # All processes hold the same averaged gradients here, so they decide alike.
+            finite = is_finite(grad_norm)
+            if finite or accelerator.scaler is not None:  # the scaler skips by itself, and learns from it
+                optimizer.step()
+            optimizer.zero_grad()
+            learning_rate = optimizer.param_groups[0]["lr"]
+            scheduler.step()
+            state.record_update(finite, recipe.stop_after_skipped)
+            images_since += images_per_update
+            report_skips(run, progress, finite, skipped_names)
+
+            if due(run, recipe.log_every, stop_at) or not finite:
+                speed = images_since / (time.monotonic() - since)
+                log_update(run, progress, loss, learning_rate, grad_norm, speed)
+                since, images_since = time.monotonic(), 0
+            if due(run, recipe.validate_every, total_updates):
+                measure(run)
+            if due(run, recipe.save_every, stop_at):
+                save(run)
+            progress.update()
+    except DivergenceError as error:
+        return fail(accelerator, f"stopped: {error}; checkpoints are in {output / 'checkpoints'}")
+    progress.close()
+
+    # Leave the results
+    if state.update < total_updates:
+        return stopped_early(run)
+    written = save_results(run, config)
+    if hub_id:
+        accelerator.print(f"Uploaded to {upload_files(hub_id, output, written)}")
+    print_results(run, config, written, time.monotonic() - started)
+    accelerator.end_training()
+    return 0
+
+
+# Settings
+
+
+def parse_arguments(argv: list[str] | None) -> Namespace:
+    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--recipe", type=Path, help=f"YAML file (default: {DEFAULT_RECIPE.name}); flags go on top")
+    parser.add_argument("--output-dir", type=Path, help=f"new folder for all results (default: {DEFAULT_OUTPUT}, …-2)")
+    parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
+    parser.add_argument("--init-from", metavar="FOLDER", help="start a new run from these weights (also stock Swin)")
+    parser.add_argument("--stop-after", type=int, metavar="UPDATES", help="save and stop after so many, to go on later")
+    parser.add_argument("--report-to", default="none", choices=("none", "tensorboard", "trackio", "wandb"))
+    parser.add_argument("--push-to-hub", action="store_true", help="upload the results (to a private repository)")
+    parser.add_argument("--hub-model-id", metavar="NAME", help="repository (default: name of the output folder)")
+    parser.add_argument("--hub-public", action="store_true", help="make a new repository public")
+    parser.add_argument("--threads", type=int, help="CPU threads of each process")
+    add_recipe_flags(parser.add_argument_group("keys of the recipe"))
+    arguments = parser.parse_args(argv)
+    if arguments.resume and arguments.init_from:
+        raise ValueError("--resume goes on with a run, --init-from starts another one: give one of them")
+    for name in ("stop_after", "threads"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
+    return arguments
+
+
+def find_run(arguments: Namespace) -> tuple[Path, Path | None]:
+    """The output folder, and the checkpoint to go on from (None: a new run). Makes nothing."""
+    output = arguments.output_dir or unused_folder(DEFAULT_OUTPUT)
+    if arguments.resume is None:
+        if arguments.output_dir and output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise ValueError(
+                f"output folder {output} is not empty; go on with its run: --resume auto, or give another --output-dir"
+            )
+        check_output_folder(output)
+        return output, None
+    if arguments.resume != "auto" and list_checkpoints(Path(arguments.resume).parent).count(Path(arguments.resume)):
+        checkpoint = Path(arguments.resume)
+        if damage := find_damage(checkpoint):
+            raise ValueError(f"checkpoint {checkpoint} is damaged: {damage}; --resume auto takes the newest whole one")
+        output = arguments.output_dir or checkpoint.resolve().parents[1]
+    else:
+        output, checkpoint = find_newest(arguments)
+    check_output_folder(output)
+    return output, checkpoint
+
+
+def find_newest(arguments: Namespace) -> tuple[Path, Path | None]:
+    """The run's folder and its newest whole checkpoint; a run that has none yet starts anew with `--resume auto`."""
+    folder = arguments.output_dir or newest_default_output()
+    if arguments.resume != "auto":
+        folder = Path(arguments.resume)
+        if not folder.is_dir():
+            raise ValueError(f"--resume {folder} is no folder; give a checkpoint, a run's output folder, or auto")
+    checkpoint, damaged = newest_checkpoint(folder / "checkpoints")
+    for path, damage in damaged.items():
+        process_state().print(f"Passed over and kept: {path} is damaged ({damage})")
+    is_new = not folder.exists() or not any(folder.iterdir()) or (folder / "log.jsonl").is_file()
+    if checkpoint is None and (arguments.resume != "auto" or not is_new):
+        raise ValueError(f"--resume {arguments.resume}: {folder} holds no whole checkpoint; give another, or none")
+    return arguments.output_dir or folder, checkpoint
+
+
+def newest_default_output() -> Path:
+    """The default output folder with the highest number."""
+    unused = unused_folder(DEFAULT_OUTPUT)
+    number = int(unused.name.removeprefix(DEFAULT_OUTPUT.name).removeprefix("-") or 1) - 1
+    return DEFAULT_OUTPUT if number < 2 else DEFAULT_OUTPUT.with_name(f"{DEFAULT_OUTPUT.name}-{number}")
+
+
+def read_recipe(arguments: Namespace, output: Path, resumed: dict[str, Any] | None) -> Recipe:
+    """The recipe file (of a resumed run: its own settings) with the flags on top."""
+    of_the_run = output / "recipe.yaml"
+    if resumed and not arguments.recipe:
+        recipe = Recipe().replace(**resumed["recipe"])
+    elif arguments.resume and not arguments.recipe and of_the_run.is_file():  # it has no checkpoint yet
+        recipe = load_recipe(of_the_run)
+    else:
+        recipe = load_recipe(arguments.recipe or DEFAULT_RECIPE)
+    recipe = recipe.with_flags(flag_overrides(arguments))
+    if not recipe.data:
+        raise ValueError("no data given; name a folder of images or a data set with --data")
+    return recipe
+
+
+def build_accelerator(recipe: Recipe, arguments: Namespace, output: Path) -> Accelerator:
+    check_tracker(arguments.report_to)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = process_state().device
+    if recipe.precision == "fp16" and device.type == "cpu":
+        raise ValueError("precision 'fp16' needs a GPU; give --precision bf16 or fp32")
+    automatic = "bf16" if native_bf16(device) else "fp32"
+    precision = automatic if recipe.precision == "auto" else recipe.precision
+    tracker = None if arguments.report_to == "none" else arguments.report_to
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision, log_with=tracker, project_dir=output
+    )
+    transformers_logging.disable_progress_bar()
+    if not accelerator.is_main_process or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return accelerator
+
+
+def process_state() -> PartialState:
+    """Device and rank of this process, as `Accelerator` will find them."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def count_run(recipe: Recipe, source: ImageSource, num_processes: int) -> tuple[int | None, int]:
+    """Updates of an epoch (None: not known of a stream) and of the run."""
+    if source.num_images is None:
+        if recipe.max_steps is None:
+            raise ValueError("a streamed data set has no known end; give --max-steps")
+        return None, recipe.max_steps
+    accumulation = recipe.gradient_accumulation_steps
+    updates_per_epoch = count_updates(source.num_images, recipe.batch_size, accumulation, num_processes)
+    return updates_per_epoch, recipe.max_steps or max(1, round(recipe.epochs * updates_per_epoch))
+
+
+def refuse_changes(resumed: dict[str, Any] | None, recipe: Recipe, source: ImageSource, num_processes: int) -> None:
+    """Raise a `ValueError` when a run would go on with settings that make it another run."""
+    if not resumed:
+        return
+    changes = Recipe().replace(**resumed["recipe"]).differences(recipe)
+    for name, now in (("num_processes", num_processes), ("num_images", source.num_images)):
+        if resumed[name] != now:
+            changes[name] = (resumed[name], now)
+    if changes:
+        shown = ", ".join(f"{name} {before!r} -> {now!r}" for name, (before, now) in changes.items())
+        raise ValueError(
+            f"--resume cannot change the run: {shown}; leave these as they were, or start a new run with --init-from"
+        )
+
+
+def open_hub(arguments: Namespace, output: Path) -> str | None:
+    """The repository to upload to, made and writable; None without --push-to-hub."""
+    if not arguments.push_to_hub:
+        return None
+    return prepare_upload(arguments.hub_model_id or output.resolve().name, private=not arguments.hub_public)
+
+
+# Data
+
+
+def open_data(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
+    """Images to train on and images to measure on (None: none can be spared)."""
+    open_split = functools.partial(
+        load_images,
+        recipe.data,
+        streaming=recipe.streaming,
+        image_column=recipe.image_column,
+        subset=recipe.subset,
+    )
+    source = open_split(split=recipe.split)
+    if recipe.validation_images == 0:
+        return source, None
+    if recipe.validation_split:
+        return source, open_split(split=recipe.validation_split)
+    return (source, None) if recipe.streaming else hold_out(source, recipe.validation_images, recipe.seed)
+
+
+def build_transforms(recipe: Recipe, config: GreenSwinConfig) -> tuple[PretrainingTransform, EvaluationTransform]:
+    size = as_pair(config.image_size)
+    shared: dict[str, Any] = {
+        "num_channels": recipe.num_channels,
+        "pad": recipe.pad,
+        "mean": recipe.pixel_mean,
+        "std": recipe.pixel_std,
+    }
+    scale, ratio = tuple(recipe.crop_scale), tuple(recipe.crop_ratio)
+    flip = 0.5 if recipe.flip else 0.0
+    training = PretrainingTransform(size, crop_scale=scale, crop_ratio=ratio, flip=flip, **shared)
+    return training, EvaluationTransform(size, **shared)
+
+
+def build_collator(recipe: Recipe, config: GreenSwinConfig) -> MaskedImageCollator:
+    multiple = mask_unit_multiple(recipe.mask_unit_size or config.mask_unit_size, config.mask_unit_size)
+    geometry = SparseGeometry.from_config(config)
+    return MaskedImageCollator(geometry, recipe.mask_ratio, recipe.mask_sharing, unit_multiple=multiple)
+
+
+def build_loader(
+    run: Run, source: ImageSource, transform: PretrainingTransform, collator: MaskedImageCollator
+) -> DataLoader[Any]:
+    """Batches of this process from the next update to the end of the run, masks and plans included."""
+    recipe, accelerator = run.recipe, run.accelerator
+    shared: dict[str, Any] = {
+        "collate_fn": collator,
+        "pin_memory": accelerator.device.type == "cuda",
+        "generator": torch.Generator(),  # the loader draws from it instead of from the run's random state
+    }
+    place = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
+    if source.num_images is None:
+        # Going on with a stream does not repeat it exactly: it starts over in an order of its own.
+        rank, world_size, epoch = *reversed(place.values()), run.state.update
+        stream = StreamingPretrainingImages(
+            source, transform, seed=recipe.seed, rank=rank, world_size=world_size, epoch=epoch
+        )
+        workers = min(recipe.workers, stream.num_shards)
+        return DataLoader(stream, batch_size=recipe.batch_size, num_workers=workers, **shared)
+    images = PretrainingImages(source, transform, seed=recipe.seed)
+    batches = UpdateBatches(
+        EpochSampler(images, seed=recipe.seed),
+        recipe.batch_size,
+        accumulation=recipe.gradient_accumulation_steps,
+        first_update=run.state.update,
+        total_updates=run.total_updates,
+        **place,
+    )
+    return DataLoader(images, batch_sampler=batches, num_workers=recipe.workers, **shared)
+
+
+def build_processor(recipe: Recipe, config: GreenSwinConfig) -> ViTImageProcessor:
+    """What prepares images for the finished model as `EvaluationTransform` does here."""
+    height, width = as_pair(config.image_size)
+    return ViTImageProcessor(
+        size={"height": height, "width": width},
+        resample=3,  # bicubic
+        image_mean=list(recipe.pixel_mean),
+        image_std=list(recipe.pixel_std),
+        do_convert_rgb=recipe.num_channels == 3 or None,
+    )
+
+
+# Training
+
+
+def forward_backward(run: Run, batches: Iterator[dict[str, Any]]) -> tuple[torch.Tensor, list[str]]:
+    """Gradients of one update; returns its mean loss on this process, and the names of unreadable images."""
+    accelerator, passes = run.accelerator, run.recipe.gradient_accumulation_steps
+    total, skipped_names = torch.zeros((), device=accelerator.device), []
+    for index in range(passes):
+        batch = next(batches)
+        skipped_names += batch["skipped"]
+        inputs = send_to_device(model_inputs(batch), accelerator.device, non_blocking=True)
+        is_last = index == passes - 1
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(run.model):
+            loss = run.model(**inputs).loss / passes
+            accelerator.backward(loss)
+        total += loss.detach()
+    return total, skipped_names
+
+
+def due(run: Run, every: int, end: int) -> bool:
+    """Whether something done every so many updates (0: never), and at the end, is to be done now."""
+    return every > 0 and (run.state.update % every == 0 or run.state.update == end)
+
+
+def report_skips(run: Run, progress: tqdm, finite: bool, skipped_names: list[str]) -> None:
+    run.state.skipped_images += len(skipped_names)
+    for name in dict.fromkeys(skipped_names):
+        if name not in run.named_images:
+            run.named_images.add(name)
+            progress.write(f"Skipped image {name}: it cannot be decoded", file=sys.stderr)
+    if not finite and run.accelerator.is_main_process:
+        progress.write(f"Skipped update {run.state.update}: its gradients are not finite", file=sys.stderr)
+
+
+def log_update(
+    run: Run, progress: tqdm, loss: torch.Tensor, learning_rate: float, grad_norm: torch.Tensor, speed: float
+) -> None:
+    accelerator, state = run.accelerator, run.state
+    entry = {
+        "step": state.update,
+        "epoch": run.epoch,
+        "loss": accelerator.reduce(loss, "mean").item(),
+        "learning_rate": learning_rate,
+        "grad_norm": float(grad_norm),
+        "images_per_second": round(speed, 1),
+        "skipped_images": total_skipped_images(run),
+        "skipped_updates": state.skipped_updates,
+    }
+    if run.log:
+        run.log.write(entry)
+    accelerator.log({k: v for k, v in entry.items() if k != "step" and v is not None}, step=state.update)
+    shown = {"loss": f"{entry['loss']:.4f}", "lr": f"{learning_rate:.2e}", "images/s": f"{speed:,.0f}"}
+    progress.set_postfix(shown, refresh=False)
+
+
+def total_skipped_images(run: Run) -> int:
+    count = torch.tensor(run.state.skipped_images, device=run.accelerator.device)
+    return int(run.accelerator.reduce(count, "sum").item())
+
+
+def measure(run: Run) -> float | None:
+    """Loss on the images and masks that stay the same, logged once an update; computed by the main process."""
+    loss = None
+    if run.log and run.fixed_batches:
+        last = run.log.last_entry() or {}
+        if last.get("step") == run.state.update and "validation_loss" in last:
+            return last["validation_loss"]
+        model = run.accelerator.unwrap_model(run.model)
+        loss = held_out_loss(model, run.fixed_batches, run.accelerator.device)
+        entry = {"validation_loss": loss, "mean_prediction_loss": run.reference_loss}
+        run.log.write({"step": run.state.update, "epoch": run.epoch, **entry})
+        run.accelerator.log(entry, step=run.state.update)
+    return loss
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint from which the run goes on exactly."""
+    accelerator, state = run.accelerator, run.state
+    random_states = gather_object([random_state()])
+    weights = accelerator.get_state_dict(run.model)
+    skipped_images = total_skipped_images(run)
+    if run.log:
+        scaler = accelerator.scaler
+        training_state = {
+            "optimizer": run.optimizer.state_dict(),
+            "scheduler": run.scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "random_states": random_states,
+        }
+        position = {"skipped_images": skipped_images, "log_position": run.log.position()}
+        trainer_state = {
+            "state": {**dataclasses.asdict(state), **position},
+            "epoch": run.epoch,
+            "total_updates": run.total_updates,
+            "num_processes": accelerator.num_processes,
+            "num_images": run.num_images,
+            "recipe": run.recipe.to_dict(),
+        }
+        save_checkpoint(
+            run.output / "checkpoints",
+            state.update,
+            save_model=functools.partial(save_model, run, weights),
+            training_state=training_state,
+            trainer_state=trainer_state,
+            keep=run.recipe.keep_checkpoints,
+        )
+    accelerator.wait_for_everyone()
+
+
+def save_model(run: Run, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    run.accelerator.unwrap_model(run.model).save_pretrained(folder, state_dict=weights)
+    run.processor.save_pretrained(folder)
+
+
+def restore(run: Run, checkpoint: Path) -> None:
+    accelerator = run.accelerator
+    saved = read_training_state(checkpoint)
+    load_weights(accelerator.unwrap_model(run.model), checkpoint)
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.scheduler.load_state_dict(saved["scheduler"])
+    if accelerator.scaler and saved["scaler"]:
+        accelerator.scaler.load_state_dict(saved["scaler"])
+    restore_random_state(saved["random_states"][accelerator.process_index])
+    if not accelerator.is_main_process:
+        run.state.skipped_images = 0  # the saved number is that of all processes
+
+
+def open_output(run: Run, report_to: str) -> None:
+    """Make the output folder with the resolved recipe and the log."""
+    if run.accelerator.is_main_process:
+        run.output.mkdir(parents=True, exist_ok=True)
+        save_recipe(run.recipe, run.output / "recipe.yaml")
+        run.log = TrainingLog(run.output / "log.jsonl", run.state.log_position)
+    if report_to != "none":
+        settings = {name: str(value) for name, value in run.recipe.to_dict().items()}
+        run.accelerator.init_trackers("green-swin-pretraining", settings)
+
+
+# Results
+
+
+def save_results(run: Run, config: GreenSwinConfig) -> list[str]:
+    """Write model, processor, pictures; returns the names of all files that belong to the result."""
+    run.final_loss = measure(run)
+    weights = run.accelerator.get_state_dict(run.model)
+    names: list[str] = []
+    if run.log:
+        names = replace_files(run.output, functools.partial(save_model, run, weights))
+        draw_loss_curve(run)
+        names += ["loss_curve.png", "log.jsonl", "recipe.yaml"]
+        if run.fixed_batches:
+            draw_reconstructions(run, config)
+            names.append("reconstructions.png")
+        run.log.close()
+    run.accelerator.wait_for_everyone()
+    return sorted(names)
+
+
+def draw_loss_curve(run: Run) -> None:
+    from green_swin_hf.visualization import loss_figure, save_figure
+
+    assert run.log is not None
+    entries = run.log.entries()
+    x = "epoch" if run.updates_per_epoch else "step"
+    validation = [(entry[x], entry["validation_loss"]) for entry in entries if "validation_loss" in entry]
+    figure = loss_figure(entries, mean_prediction_loss=run.reference_loss, validation=validation, x=x)
+    save_figure(figure, run.output / "loss_curve.png")
+
+
+@torch.no_grad()
+def draw_reconstructions(run: Run, config: GreenSwinConfig) -> None:
+    from green_swin_hf.visualization import (
+        masked_images,
+        paste_reconstruction,
+        reconstruction_figure,
+        save_figure,
+        to_display,
+    )
+
+    batch, unit = run.fixed_batches[0], config.mask_unit_size
+    model = run.accelerator.unwrap_model(run.model).eval()
+    output = model(**send_to_device(model_inputs(batch), run.accelerator.device))
+    pixels, masks = batch["pixel_values"][:NUM_PICTURES], output.bool_masked_pos[:NUM_PICTURES].cpu()
+    predicted = output.reconstruction[:NUM_PICTURES].cpu()
+    pasted = paste_reconstruction(pixels, predicted, masks, unit, norm_pix_loss=config.norm_pix_loss)
+    originals, completed = (
+        to_display(images, run.recipe.pixel_mean, run.recipe.pixel_std) for images in (pixels, pasted)
+    )
+    figure = reconstruction_figure(originals, masked_images(originals, masks, unit), completed)
+    save_figure(figure, run.output / "reconstructions.png")
+
+
+# Messages
+
+
+def print_heading(
+    run: Run,
+    config: GreenSwinConfig,
+    source: ImageSource,
+    peak: float,
+    warmup: int,
+    checkpoint: Path | None,
+) -> None:
+    recipe, accelerator = run.recipe, run.accelerator
+    rows, columns = as_pair(config.image_size)
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    known = "a stream" if source.num_images is None else f"{source.num_images:,} images"
+    unit = recipe.mask_unit_size or config.mask_unit_size
+    masks = "one for each image" if recipe.mask_sharing == "image" else "one for each batch"
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    processes = f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
+    epochs = f" ({run.total_updates / run.updates_per_epoch:.3g} epochs)" if run.updates_per_epoch else ""
+    lines = {
+        "data": f"{known} of {source.name} at {rows}x{columns} px, {'grey' if recipe.num_channels == 1 else 'colour'}",
+        "measured on": f"{measured_on(run)} with fixed masks" if run.fixed_batches else "nothing",
+        "model": f"{parameters / 1e6:.1f} M parameters: patch {config.patch_length}, window {config.window_size}, "
+        f"blocks {'-'.join(map(str, config.depths))}, width {config.embed_dim} to {config.hidden_size}",
+        "masks": f"{recipe.mask_ratio:.0%} in units of {unit} px, {masks}",
+        "device": f"{accelerator.device}, {precision}, {processes}, {torch.get_num_threads()} threads",
+        "updates": f"{run.total_updates:,}{epochs} of {run.images_per_update} images; "
+        f"learning rate {peak:.2e} after {warmup}",
+        "output": str(run.output),
+    }
+    accelerator.print("Pretraining GreenSwin")
+    for name, text in lines.items():
+        accelerator.print(f"  {name:<12} {text}")
+    if checkpoint:
+        accelerator.print(f"  {'going on':<12} after update {run.state.update:,} from {checkpoint}")
+    sys.stdout.flush()
+
+
+def measured_on(run: Run) -> str:
+    count = sum(len(batch["pixel_values"]) for batch in run.fixed_batches)
+    return f"{count} held-out images" if run.has_held_out else f"{count} training images (none could be held out)"
+
+
+def print_results(run: Run, config: GreenSwinConfig, written: list[str], seconds: float) -> None:
+    say = run.accelerator.print
+    say(f"Done in {seconds / 60:.1f} minutes.")
+    if run.final_loss is not None and run.reference_loss:
+        change = run.final_loss / run.reference_loss - 1
+        say(
+            f"Loss on {measured_on(run)} with fixed masks: {run.final_loss:.4f}. "
+            f"Predicting each unit's mean scores {run.reference_loss:.4f} on the same: "
+            f"the model's loss is {abs(change):.0%} {'lower' if change < 0 else 'higher'}."
+        )
+    say(f"Wrote to {run.output}: {', '.join(written)}")
+    rows, columns = as_pair(config.image_size)
+    say("Next, for example, the features of an image:")
+    say(
+        f"""  python -c "import torch, green_swin_hf; from transformers import AutoModel; """
+        f"""model = AutoModel.from_pretrained('{run.output}'); """
+        f"""print(model(torch.zeros(1, {config.num_channels}, {rows}, {columns})).last_hidden_state.shape)" """.rstrip()
+    )
+
+
+def stopped_early(run: Run) -> int:
+    if run.recipe.save_every == 0:
+        save(run)
+    run.accelerator.print(
+        f"Stopped after update {run.state.update:,} of {run.total_updates:,} as asked. Go on with: "
+        f"python {sys.argv[0]} --output-dir {run.output} --resume auto"
+    )
+    run.accelerator.end_training()
+    return 0
+
+
+def fail(accelerator: Accelerator, message: str) -> int:
+    if accelerator.is_main_process:
+        print(f"pretrain.py: {message}", file=sys.stderr)
+    accelerator.end_training()
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
