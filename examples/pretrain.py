@@ -13,13 +13,14 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import datasets
 import torch
@@ -120,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         resumed = read_trainer_state(checkpoint) if checkpoint else None
         recipe = read_recipe(arguments, output, resumed)
         config = recipe.model_config()
-        accelerator = build_accelerator(recipe, arguments, output)
+        accelerator = build_accelerator(recipe, arguments, output, resumed)
 
         # Data: images to train on, and batches with fixed masks to measure on
         source, held_out = open_data(recipe)
@@ -193,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
             images_since += images_per_update
             report_skips(run, progress, finite, skipped_names)
 
-            if due(run, recipe.log_every, stop_at) or not finite:
+            if due(run, recipe.log_every, total_updates) or not finite:
                 speed = images_since / (time.monotonic() - since)
                 log_update(run, progress, loss, learning_rate, grad_norm, speed)
                 since, images_since = time.monotonic(), 0
@@ -202,8 +203,8 @@ def main(argv: list[str] | None = None) -> int:
             if due(run, recipe.save_every, stop_at):
                 save(run)
             progress.update()
-    except DivergenceError as error:
-        return fail(accelerator, f"stopped: {error}; checkpoints are in {output / 'checkpoints'}")
+    except (DivergenceError, OSError) as error:  # OSError: the disk is full or gone
+        return fail(accelerator, f"stopped: {error}; whole checkpoints are in {output / 'checkpoints'}")
     progress.close()
 
     # Leave the results
@@ -231,52 +232,44 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     parser.add_argument("--push-to-hub", action="store_true", help="upload the results (to a private repository)")
     parser.add_argument("--hub-model-id", metavar="NAME", help="repository (default: name of the output folder)")
     parser.add_argument("--hub-public", action="store_true", help="make a new repository public")
-    parser.add_argument("--threads", type=int, help="CPU threads of each process")
     add_recipe_flags(parser.add_argument_group("keys of the recipe"))
     arguments = parser.parse_args(argv)
     if arguments.resume and arguments.init_from:
         raise ValueError("--resume goes on with a run, --init-from starts another one: give one of them")
-    for name in ("stop_after", "threads"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
+    if arguments.stop_after is not None and arguments.stop_after < 1:
+        raise ValueError(f"--stop-after {arguments.stop_after} must be at least 1")
     return arguments
 
 
 def find_run(arguments: Namespace) -> tuple[Path, Path | None]:
     """The output folder, and the checkpoint to go on from (None: a new run). Makes nothing."""
-    output = arguments.output_dir or unused_folder(DEFAULT_OUTPUT)
-    if arguments.resume is None:
-        if arguments.output_dir and output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise ValueError(
-                f"output folder {output} is not empty; go on with its run: --resume auto, or give another --output-dir"
-            )
-        check_output_folder(output)
-        return output, None
-    if arguments.resume != "auto" and list_checkpoints(Path(arguments.resume).parent).count(Path(arguments.resume)):
-        checkpoint = Path(arguments.resume)
-        if damage := find_damage(checkpoint):
-            raise ValueError(f"checkpoint {checkpoint} is damaged: {damage}; --resume auto takes the newest whole one")
-        output = arguments.output_dir or checkpoint.resolve().parents[1]
-    else:
-        output, checkpoint = find_newest(arguments)
+    run, checkpoint = find_checkpoint(arguments) if arguments.resume else (None, None)
+    output = arguments.output_dir or run or unused_folder(DEFAULT_OUTPUT)
+    if output.is_dir() and any(output.iterdir()) and (run is None or output.resolve() != run.resolve()):
+        raise ValueError(
+            f"output folder {output} is not empty; go on with its run: --resume auto, or give another --output-dir"
+        )
     check_output_folder(output)
     return output, checkpoint
 
 
-def find_newest(arguments: Namespace) -> tuple[Path, Path | None]:
-    """The run's folder and its newest whole checkpoint; a run that has none yet starts anew with `--resume auto`."""
-    folder = arguments.output_dir or newest_default_output()
-    if arguments.resume != "auto":
-        folder = Path(arguments.resume)
-        if not folder.is_dir():
-            raise ValueError(f"--resume {folder} is no folder; give a checkpoint, a run's output folder, or auto")
-    checkpoint, damaged = newest_checkpoint(folder / "checkpoints")
-    for path, damage in damaged.items():
-        process_state().print(f"Passed over and kept: {path} is damaged ({damage})")
-    is_new = not folder.exists() or not any(folder.iterdir()) or (folder / "log.jsonl").is_file()
-    if checkpoint is None and (arguments.resume != "auto" or not is_new):
-        raise ValueError(f"--resume {arguments.resume}: {folder} holds no whole checkpoint; give another, or none")
-    return arguments.output_dir or folder, checkpoint
+def find_checkpoint(arguments: Namespace) -> tuple[Path, Path | None]:
+    """The folder of the run to go on with and its checkpoint; with `--resume auto` a run may have none yet."""
+    is_auto = arguments.resume == "auto"
+    path = (arguments.output_dir or newest_default_output()) if is_auto else Path(arguments.resume)
+    if path in list_checkpoints(path.parent):
+        if damage := find_damage(path):
+            raise ValueError(f"checkpoint {path} is damaged: {damage}; --resume auto takes the newest whole one")
+        return path.resolve().parents[1], path
+    if not is_auto and not path.is_dir():
+        raise ValueError(f"--resume {path} is no folder; give a checkpoint, a run's output folder, or auto")
+    checkpoint, damaged = newest_checkpoint(path / "checkpoints")
+    for passed_over, damage in damaged.items():
+        process_state().print(f"Passed over and kept: {passed_over} is damaged ({damage})")
+    is_new = not path.exists() or not any(path.iterdir()) or (path / "log.jsonl").is_file()
+    if checkpoint is None and not (is_auto and is_new):
+        raise ValueError(f"--resume {arguments.resume}: {path} holds no whole checkpoint; give another, or none")
+    return path, checkpoint
 
 
 def newest_default_output() -> Path:
@@ -301,11 +294,16 @@ def read_recipe(arguments: Namespace, output: Path, resumed: dict[str, Any] | No
     return recipe
 
 
-def build_accelerator(recipe: Recipe, arguments: Namespace, output: Path) -> Accelerator:
+def build_accelerator(
+    recipe: Recipe, arguments: Namespace, output: Path, resumed: dict[str, Any] | None
+) -> Accelerator:
     check_tracker(arguments.report_to)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     device = process_state().device
+    if recipe.threads or device.type == "cpu":
+        # `accelerate launch` may leave a process on the CPU fewer threads than there are cores. A resumed run takes as
+        # many as before: sums over another number of threads differ in their last bits.
+        share = resumed["threads"] if resumed else max(1, available_cores() // local_processes())
+        torch.set_num_threads(recipe.threads or share)
     if recipe.precision == "fp16" and device.type == "cpu":
         raise ValueError("precision 'fp16' needs a GPU; give --precision bf16 or fp32")
     automatic = "bf16" if native_bf16(device) else "fp32"
@@ -318,6 +316,15 @@ def build_accelerator(recipe: Recipe, arguments: Namespace, output: Path) -> Acc
     if not accelerator.is_main_process or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     return accelerator
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def local_processes() -> int:
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def process_state() -> PartialState:
@@ -386,16 +393,16 @@ def build_transforms(recipe: Recipe, config: GreenSwinConfig) -> tuple[Pretraini
         "mean": recipe.pixel_mean,
         "std": recipe.pixel_std,
     }
-    scale, ratio = tuple(recipe.crop_scale), tuple(recipe.crop_ratio)
-    flip = 0.5 if recipe.flip else 0.0
-    training = PretrainingTransform(size, crop_scale=scale, crop_ratio=ratio, flip=flip, **shared)
+    crop: dict[str, Any] = {"crop_scale": recipe.crop_scale, "crop_ratio": recipe.crop_ratio}
+    training = PretrainingTransform(size, flip=0.5 if recipe.flip else 0.0, **crop, **shared)
     return training, EvaluationTransform(size, **shared)
 
 
 def build_collator(recipe: Recipe, config: GreenSwinConfig) -> MaskedImageCollator:
     multiple = mask_unit_multiple(recipe.mask_unit_size or config.mask_unit_size, config.mask_unit_size)
     geometry = SparseGeometry.from_config(config)
-    return MaskedImageCollator(geometry, recipe.mask_ratio, recipe.mask_sharing, unit_multiple=multiple)
+    sharing = cast("Literal['image', 'batch']", recipe.mask_sharing)
+    return MaskedImageCollator(geometry, recipe.mask_ratio, sharing, unit_multiple=multiple)
 
 
 def build_loader(
@@ -537,6 +544,7 @@ def save(run: Run) -> None:
             "total_updates": run.total_updates,
             "num_processes": accelerator.num_processes,
             "num_images": run.num_images,
+            "threads": torch.get_num_threads(),
             "recipe": run.recipe.to_dict(),
         }
         save_checkpoint(
@@ -651,6 +659,7 @@ def print_heading(
     unit = recipe.mask_unit_size or config.mask_unit_size
     masks = "one for each image" if recipe.mask_sharing == "image" else "one for each batch"
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    threads = torch.get_num_threads()
     processes = f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
     epochs = f" ({run.total_updates / run.updates_per_epoch:.3g} epochs)" if run.updates_per_epoch else ""
     lines = {
@@ -659,7 +668,7 @@ def print_heading(
         "model": f"{parameters / 1e6:.1f} M parameters: patch {config.patch_length}, window {config.window_size}, "
         f"blocks {'-'.join(map(str, config.depths))}, width {config.embed_dim} to {config.hidden_size}",
         "masks": f"{recipe.mask_ratio:.0%} in units of {unit} px, {masks}",
-        "device": f"{accelerator.device}, {precision}, {processes}, {torch.get_num_threads()} threads",
+        "device": f"{accelerator.device}, {precision}, {processes}, {threads} thread{'s' * (threads > 1)}",
         "updates": f"{run.total_updates:,}{epochs} of {run.images_per_update} images; "
         f"learning rate {peak:.2e} after {warmup}",
         "output": str(run.output),

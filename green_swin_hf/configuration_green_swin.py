@@ -214,6 +214,7 @@ class GreenSwinConfig(BackboneConfigMixin, PreTrainedConfig):
         _check_rates(self)
         _check_activation(self)
         _check_decoder(self)
+        _check_target(self)
         _check_group_size(self)
 
 
@@ -278,6 +279,12 @@ def _check_decoder(config: GreenSwinConfig) -> None:
     width, heads = config.decoder_hidden_size, config.decoder_num_attention_heads
     _require(width % 4 == 0, "decoder_hidden_size", width, "a multiple of 4 (sine and cosine of row and column)")
     _require(width % heads == 0, "decoder_hidden_size", width, f"a multiple of decoder_num_attention_heads {heads}")
+
+
+def _check_target(config: GreenSwinConfig) -> None:
+    values = config.mask_unit_size**2 * config.num_channels
+    rule = f"False for mask units of a single value (mask_unit_size 1, num_channels {config.num_channels})"
+    _require(values > 1 or not config.norm_pix_loss, "norm_pix_loss", config.norm_pix_loss, rule)
 
 
 def _check_group_size(config: GreenSwinConfig) -> None:

@@ -344,7 +344,8 @@ class _StageOutputs:
 class GreenSwinEncoder(nn.Module):
     def __init__(self, config: GreenSwinConfig):
         super().__init__()
-        rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").tolist()
+        num_blocks = sum(config.depths)
+        rates = [config.drop_path_rate * block / max(num_blocks - 1, 1) for block in range(num_blocks)]
         starts = [sum(config.depths[:stage]) for stage in range(len(config.depths))]
         self.layers = nn.ModuleList(
             GreenSwinStage(config, stage, rates[start : start + depth])

@@ -40,8 +40,8 @@ _CONFIG_FIELDS = (
     "decoder_intermediate_size",
     "group_size",
 )
-# What may differ between a run and its continuation: none of it changes a weight.
-_FREE_ON_RESUME = ("data", "workers", "log_every", "save_every", "keep_checkpoints", "stop_after_skipped")
+# What may differ between a run and its continuation: none of it changes a weight (threads: but for the last bits).
+_FREE_ON_RESUME = ("data", "threads", "workers", "log_every", "save_every", "keep_checkpoints", "stop_after_skipped")
 
 
 def _option(default: Any, description: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -61,12 +61,13 @@ class Recipe:
     image_column: str | None = _option(None, "column with the images; found by itself where there is only one")
     streaming: bool = _option(False, "read the data set while training instead of loading it first")
     workers: int = _option(0, "processes that prepare batches, for each training process; 0: none of their own")
+    threads: int | None = _option(None, "threads of each process on the CPU; an equal share of all cores by default")
     # Images
     image_size: int | tuple[int, ...] = _option(224, "pixels, one number or rows and columns")
     num_channels: int = _option(3, "channels of the images: 1 grey, 3 colour")
     pad: int = _option(0, "pixels of zeros around each image before it is cropped")
-    crop_scale: tuple[float, ...] = _option((0.2, 1.0), "smallest and largest share of the area in a random crop")
-    crop_ratio: tuple[float, ...] = _option((3 / 4, 4 / 3), "smallest and largest ratio of width to height of a crop")
+    crop_scale: tuple[float, float] = _option((0.2, 1.0), "smallest and largest share of the area in a random crop")
+    crop_ratio: tuple[float, float] = _option((3 / 4, 4 / 3), "smallest and largest ratio of width to height of a crop")
     flip: bool = _option(True, "mirror half of the images")
     mean: tuple[float, ...] | None = _option(None, "mean of each channel, of pixels in 0 … 1")
     std: tuple[float, ...] | None = _option(None, "standard deviation of each channel")
@@ -99,7 +100,7 @@ class Recipe:
     learning_rate: float = _option(1.5e-4, "base learning rate, multiplied by images per update / 256")
     min_lr_ratio: float = _option(0.0, "learning rate at the end as a share of the peak")
     weight_decay: float = _option(0.05, "decay of weight matrices (never of biases, norms and tables)")
-    betas: tuple[float, ...] = _option((0.9, 0.95), "the two coefficients of AdamW")
+    betas: tuple[float, float] = _option((0.9, 0.95), "the two coefficients of AdamW")
     max_grad_norm: float = _option(5.0, "gradients are clipped to this norm, 0 for never")
     precision: str = _option("auto", "arithmetic; auto: bf16 where native", ("auto", "fp32", "bf16", "fp16"))
     seed: int = _option(0, "of weights, order of images, crops and masks")
@@ -203,7 +204,7 @@ def save_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
     Path(path).write_text(text, encoding="utf-8")
 
 
-def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+def add_recipe_flags(parser: argparse._ActionsContainer) -> None:
     """Add a flag for every key of a recipe; a flag that is not given leaves no entry in the parsed arguments."""
     for item in dataclasses.fields(Recipe):
         kinds = _kinds(item.name)
@@ -271,6 +272,7 @@ _KIND_NAMES = {
     types.NoneType: "null",
     tuple[int, ...]: "a list of integers",
     tuple[float, ...]: "a list of numbers",
+    tuple[float, float]: "two numbers",
 }
 
 
@@ -278,7 +280,10 @@ def _convert(value: Any, kind: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list | tuple) or not value:
             return _NO_MATCH
-        items = tuple(_convert(item, typing.get_args(kind)[0]) for item in value)
+        kinds = typing.get_args(kind)
+        if kinds[-1] is not Ellipsis and len(value) != len(kinds):
+            return _NO_MATCH
+        items = tuple(_convert(item, kinds[0]) for item in value)
         return _NO_MATCH if _NO_MATCH in items else items
     if kind is types.NoneType:
         return None if value is None else _NO_MATCH
@@ -314,7 +319,7 @@ def _check_ranges(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         if not value >= minimum:
             raise ValueError(f"{name} {value} must be at least {minimum}")
-    for name in ("epochs", "max_steps"):
+    for name in ("epochs", "max_steps", "threads"):
         value = getattr(recipe, name)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name} {value} must be greater than 0")
@@ -329,8 +334,8 @@ def _check_ranges(recipe: Recipe) -> None:
         raise ValueError(f"std {list(recipe.pixel_std)} must be greater than 0")
     for name in ("crop_scale", "crop_ratio", "betas"):
         values = getattr(recipe, name)
-        if len(values) != 2 or not 0 < values[0] <= values[1]:
-            raise ValueError(f"{name} {list(values)} must be two numbers, the smaller first, greater than 0")
+        if not 0 < values[0] <= values[1]:
+            raise ValueError(f"{name} {list(values)} must be greater than 0, the smaller first")
 
 
 __all__ = ["Recipe", "add_recipe_flags", "flag_overrides", "load_recipe", "save_recipe"]

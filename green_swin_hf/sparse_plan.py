@@ -122,7 +122,7 @@ class GroupingPlan(_TensorRecord):
         window of each token           [0, 1, 1]
         relative_position_index[0]     [[4, 9, 9], [9, 4, 3], [9, 5, 4]]
 
-    With groups of 2 slots, windows 1 and 0 get a group each, and the second group has one pad::
+    Were groups to have 2 slots, windows 1 and 0 would get a group each, the second one with a pad::
 
         gather_index   [1, 2, 0, 0]      scatter_index   [2, 0, 1]
         relative_position_index   [[[4, 3], [5, 4]], [[4, 9], [9, 4]]]

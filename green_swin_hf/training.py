@@ -253,11 +253,12 @@ def load_for_continued_training(
     """
     try:
         with _quiet_transformers():
-            model, report = GreenSwinForMaskedImageModeling.from_pretrained(
+            loaded: Any = GreenSwinForMaskedImageModeling.from_pretrained(
                 folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"--init-from {folder} cannot be loaded: {error}") from None
+    model, report = loaded
     if report["mismatched_keys"]:
         name, found, wanted = sorted(report["mismatched_keys"])[0]
         raise ValueError(

@@ -248,6 +248,10 @@ def test_variants_take_a_window_and_overrides():
         ({"group_size": "best"}, r"group_size 'best' must be \"window\", \"optimal\" or an integer"),
         ({"hidden_act": "gelly"}, r"hidden_act 'gelly' must be an activation of transformers: gelu"),
         ({"mlp_ratio": 0.01}, r"mlp_ratio 0.01 must be"),
+        (
+            {"image_size": 4, "patch_size": 1, "depths": [1], "num_heads": [1], "num_channels": 1},
+            r"norm_pix_loss True must be",
+        ),
     ],
     ids=str,
 )

@@ -239,6 +239,22 @@ def test_stochastic_depth_acts_in_training_only():
     assert not torch.equal(first, model(**given).last_hidden_state)
 
 
+@pytest.mark.parametrize("dropout", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+@pytest.mark.parametrize("learned_tables", [True, False], ids=["learned_tables", "frozen_tables"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@each_call
+def test_dropout_acts_in_training_only(name, kind, implementation, learned_tables, dropout):
+    model, without = make(name, **{dropout: 0.5}), make(name)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(learned_tables or "bias_table" not in parameter_name)
+    model.set_attn_implementation(implementation)
+    given = inputs(name, kind or ("unequal" if name == "pretraining" else None))  # else it draws masks in training
+    assert_same(model(**given), without(**given), atol=1e-4)
+    model.train()
+    first, second = (torch.cat([value.flatten() for value in tensors(model(**given))]) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
 # Initialisation
 
 
@@ -288,8 +304,8 @@ def test_init_weights_initialises_every_parameter_and_buffer(name, poisoned_memo
 
 
 @each_class
-def test_the_number_of_blocks_leaves_the_initialisation_alone(name):
-    """No buffers, no tensors beside the parameters: nothing can be lost between meta device and file."""
+def test_there_are_no_tensors_beside_the_parameters(name):
+    """So nothing can be lost between the meta device and a file."""
     model = CLASSES[name](tiny_config())
     assert dict(model.named_buffers()) == {}
     for module in model.modules():
@@ -612,6 +628,17 @@ def test_targets_are_not_rounded_to_the_dtype_of_the_model(dtype):
     given = inputs("pretraining", "per_image")
     exact = model(**given).loss
     torch.testing.assert_close(model.to(dtype)(**given).loss, exact, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_the_loss_of_half_precision_images_is_computed_in_float32(dtype):
+    model = make("pretraining").to(dtype)
+    given = inputs("pretraining", "per_image")
+    given["pixel_values"] = given["pixel_values"].to(dtype)
+    loss = model(**given).loss
+    assert loss.dtype == torch.float32
+    same_pixels = {**given, "pixel_values": given["pixel_values"].float()}
+    torch.testing.assert_close(loss, model(**same_pixels).loss, atol=1e-6, rtol=1e-6)
 
 
 # Files, copies, export
