@@ -128,16 +128,17 @@ def loss_figure(
     figure = Figure(figsize=(7.2, 4.4), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    upper.plot(epochs, losses, color=_BLUE, alpha=0.35, linewidth=0.8, label="training, each logged step")
-    upper.plot(epochs, _smoothed(losses), color=_BLUE, linewidth=2, label="training, smoothed")
+    upper.plot(epochs, losses, color=_BLUE, alpha=0.35, linewidth=0.8, label="training (random crops), logged")
+    upper.plot(epochs, _smoothed(losses), color=_BLUE, linewidth=2, label="training (random crops), smoothed")
     if validation:
-        upper.plot(*zip(*validation, strict=True), "o", color=_ORANGE, markersize=4, label="held-out images")
+        upper.plot(*zip(*validation, strict=True), "o", color=_ORANGE, markersize=4, label="held-out (whole images)")
     if mean_prediction_loss is not None:
-        text = f"held-out images, predicting each unit's mean ({mean_prediction_loss:.3f})"
+        text = f"held-out, predicting each unit's mean ({mean_prediction_loss:.3f})"
         upper.axhline(mean_prediction_loss, color=_ORANGE, linestyle="--", linewidth=1.4, label=text)
     _limit_to_most(upper, [*losses, *(loss for _, loss in validation)], mean_prediction_loss)
     upper.set_ylabel("loss")
-    upper.legend(fontsize=8, frameon=False)
+    # Above the axes, so that neither curve nor reference line runs through it.
+    figure.legend(fontsize=8, frameon=False, ncols=2, loc="outside upper left")
     lower.plot(epochs, [entry["learning_rate"] for entry in entries], color=_GREEN, linewidth=1.5)
     lower.set_ylabel("learning\nrate")
     lower.set_ylim(bottom=0)
@@ -148,7 +149,7 @@ def loss_figure(
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.01)
     if title:
-        upper.set_title(title, fontsize=10, loc="left", color=_INK)
+        figure.suptitle(title, fontsize=10, x=0.01, ha="left", color=_INK)
     return figure
 
 
