@@ -11,10 +11,9 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForMaskedImageModeling,
-    ViTImageProcessor,
-    ViTImageProcessorPil,
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.utils import is_torchvision_available, is_vision_available
 
 from .configuration_green_swin import VARIANTS, GreenSwinConfig
 from .modeling_green_swin import (
@@ -39,8 +38,19 @@ def _register_auto_classes() -> None:
     AutoModelForMaskedImageModeling.register(GreenSwinConfig, GreenSwinForMaskedImageModeling)
     AutoModelForImageClassification.register(GreenSwinConfig, GreenSwinForImageClassification)
     AutoBackbone.register(GreenSwinConfig, GreenSwinBackbone)
-    image_processors: dict[str, type] = {"torchvision": ViTImageProcessor, "pil": ViTImageProcessorPil}
-    AutoImageProcessor.register(GreenSwinConfig, image_processor_classes=image_processors)
+    if is_vision_available():  # image processors need Pillow
+        AutoImageProcessor.register(GreenSwinConfig, image_processor_classes=_image_processors())
+
+
+def _image_processors() -> dict[str, type]:
+    """Those of ViT: resize and normalise."""
+    from transformers import ViTImageProcessorPil
+
+    if not is_torchvision_available():
+        return {"pil": ViTImageProcessorPil}
+    from transformers import ViTImageProcessor
+
+    return {"torchvision": ViTImageProcessor, "pil": ViTImageProcessorPil}
 
 
 def _register_weight_names() -> None:

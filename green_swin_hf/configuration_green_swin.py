@@ -58,8 +58,8 @@ class GreenSwinConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Args:
         image_size (`int` or pair of `int`, defaults to 224):
-            Height and width in pixels; a multiple of `mask_unit_size`. Sets the size of the position tables; at run
-            time other sizes work as well.
+            Height and width in pixels; a multiple of `mask_unit_size`, though not in a file or after a change, which
+            only masked images mind. Sets the size of the position tables; at run time other sizes work as well.
         patch_size (`int`, defaults to 4): Side of a patch in pixels; patches are square.
         num_channels (`int`, defaults to 3): Channels of the images.
         embed_dim (`int`, defaults to 96): Channels of stage 1; each further stage has twice as many.
@@ -123,11 +123,16 @@ class GreenSwinConfig(BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         for name in _DERIVED_ENTRIES:
             kwargs.pop(name, None)
-        self.validate_geometry()
+        self.validate_geometry(any_image_size=kwargs.pop("_any_image_size", False))
         self.set_output_features_output_indices(
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
         )
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "GreenSwinConfig":
+        """As the base class; a file's `image_size` may be any, since models of whole images are saved with any."""
+        return super().from_dict({**config_dict, "_any_image_size": True}, **kwargs)
 
     @classmethod
     def from_variant(cls, variant: str, window_size: int = 7, **overrides: Any) -> "GreenSwinConfig":
@@ -207,10 +212,12 @@ class GreenSwinConfig(BackboneConfigMixin, PreTrainedConfig):
         """As the base class, with the `encoder_stride` that stock Swin reads from the file."""
         return {**super().to_dict(), "encoder_stride": self.encoder_stride}
 
-    def validate_geometry(self) -> None:
+    def validate_geometry(self, any_image_size: bool = False) -> None:
         """Raise a `ValueError` naming field, value and rule where a field is out of range or contradicts another."""
         _check_sizes(self)
         _check_stages(self)
+        if not any_image_size:
+            _check_image_size(self)
         _check_rates(self)
         _check_activation(self)
         _check_decoder(self)
@@ -248,6 +255,9 @@ def _check_stages(config: GreenSwinConfig) -> None:
     for stage, (channels, heads) in enumerate(zip(config.stage_channels, config.num_heads, strict=True), start=1):
         rule = f"a divisor of the {channels} channels of stage {stage} (embed_dim {config.embed_dim})"
         _require(channels % heads == 0, f"num_heads[{stage - 1}]", heads, rule)
+
+
+def _check_image_size(config: GreenSwinConfig) -> None:
     unit = config.mask_unit_size
     whole_units = all(side % unit == 0 for side in as_pair(config.image_size))
     rule = f"a multiple of mask_unit_size {unit} (patch_size {config.patch_length} times 2^{config.num_layers - 1})"
@@ -255,6 +265,13 @@ def _check_stages(config: GreenSwinConfig) -> None:
 
 
 def _check_rates(config: GreenSwinConfig) -> None:
+    for field in ("qkv_bias", "use_absolute_embeddings", "norm_pix_loss"):
+        _require(isinstance(getattr(config, field), bool), field, getattr(config, field), "True or False")
+    numbers = ("mask_ratio", "mlp_ratio", "layer_norm_eps", "initializer_range", "drop_path_rate")
+    for field in (*numbers, "hidden_dropout_prob", "attention_probs_dropout_prob"):
+        value = getattr(config, field)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        _require(is_number, field, value, "a number (YAML reads 1e-6 as text and 1.0e-6 as a number)")
     _require(0 < config.mask_ratio < 1, "mask_ratio", config.mask_ratio, "greater than 0 and less than 1")
     for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
         value = getattr(config, field)

@@ -25,6 +25,7 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from .configuration_green_swin import as_pair
 from .image_decoding import ColorMode, CorruptImageError, decode_image
 from .image_sources import ImageSource, load_images
 from .sparse_plan import SparseGeometry, build_sparse_plan, sample_masks
@@ -59,7 +60,7 @@ class _ImageTransform:
     """What both transforms share: zero padding before, normalisation after.
 
     Attributes:
-        image_size: pixels of the result (rows, columns).
+        image_size: pixels of the result, one number or (rows, columns).
         num_channels: 1 or 3.
         pad: pixels of zeros added on each side first, as for 28 px images on a 32 px grid.
         mean, std: of each channel, for pixels in [0, 1]; ImageNet's for colour and 0.5 for grey by default.
@@ -76,11 +77,10 @@ class _ImageTransform:
             raise ValueError(f"num_channels {self.num_channels} must be 1 (grey) or 3 (colour)")
         is_grey = self.num_channels == 1
         mean, std = ((0.5,), (0.5,)) if is_grey else (_IMAGENET_MEAN, _IMAGENET_STD)
-        object.__setattr__(self, "image_size", tuple(self.image_size))
+        object.__setattr__(self, "image_size", as_pair(self.image_size))
         object.__setattr__(self, "mean", tuple(mean if self.mean is None else self.mean))
         object.__setattr__(self, "std", tuple(std if self.std is None else self.std))
-        is_pair = len(self.image_size) == 2 and min(self.image_size) > 0
-        self._require(is_pair, "image_size", "two positive integers (rows, columns)")
+        self._require(min(self.image_size) > 0, "image_size", "positive, one integer or two (rows, columns)")
         self._require(self.pad >= 0, "pad", "0 or more pixels")
         for field in ("mean", "std"):
             is_complete = len(getattr(self, field)) == self.num_channels

@@ -96,9 +96,16 @@ def _turn_upright(image: Image.Image) -> None:
 
 
 def _as_eight_bits(image: Image.Image) -> Image.Image:
-    """A grey 8-bit image of one with 16-bit, 32-bit (PIL reads some 16-bit files so) or float pixels."""
+    """A grey 8-bit image of one with 16-bit, 32-bit or float pixels.
+
+    32-bit pixels are taken for 16-bit ones, which PIL reads so from some files, unless none is above 255; float pixels
+    are in [0, 1] unless one is above 1, then in [0, 255].
+    """
     values = np.asarray(image)
     if not np.isfinite(values).all():
         raise ValueError("has pixels that are NaN or infinite")
-    scale = 1 / 257 if image.mode[0] == "I" else 255.0 if values.max() <= 1 else 1.0
+    if image.mode[0] == "I":
+        scale = 1 / 257 if image.mode != "I" or values.max() > 255 else 1.0
+    else:
+        scale = 255.0 if values.max() <= 1 else 1.0
     return Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))

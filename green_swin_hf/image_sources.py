@@ -122,16 +122,27 @@ def _open_folder(path: Path, name: str, streaming: bool, subset: str | None) -> 
     if is_single or is_dict:
         saved: Any = _one_line_errors(name, partial(datasets.load_from_disk, str(path)))
         return _as_streams(saved if is_dict else {str(saved.split or "train"): saved}, streaming)
-    images, holds_data = _scan_folder(path, name)
-    if images:
+    images, holds_data, holds_tables = _scan_folder(path, name)
+    if images and holds_tables and not _has_card(path):
+        raise ValueError(
+            f"folder {name!r} holds images ({Path(images[0]).name}, …) and Parquet or Arrow files; give the one or the "
+            f"other: --data '{name}/**/*.parquet', or a folder of images only"
+        )
+    if images and not holds_tables:
         return _as_streams(_image_folder_splits(path, images), streaming)
     if not holds_data:
         raise ValueError(f"folder {name!r} holds no images and no data files; check the path")
     return _load(str(path), name, streaming, subset)
 
 
-def _scan_folder(folder: Path, name: str) -> tuple[list[str], bool]:
-    """(absolute paths of the images below `folder` in a fixed order, whether there are data files).
+def _has_card(folder: Path) -> bool:
+    """Whether the folder is laid out as on the Hub, with a card that says which files are the data."""
+    card = folder / "README.md"
+    return card.is_file() and "data_files:" in card.read_text(encoding="utf-8", errors="replace")
+
+
+def _scan_folder(folder: Path, name: str) -> tuple[list[str], bool, bool]:
+    """(absolute paths of the images below `folder` in a fixed order, are there data files, are there tables of images).
 
     Hidden files and folders are left out; links to folders are followed, each folder once.
     """
@@ -141,7 +152,7 @@ def _scan_folder(folder: Path, name: str) -> tuple[list[str], bool]:
 
     images: list[str] = []
     seen: set[str] = set()
-    holds_data = False
+    holds_data = holds_tables = False
     for parent, folders, files in os.walk(folder.absolute(), followlinks=True, onerror=fail):
         real = os.path.realpath(parent)
         folders[:] = [] if real in seen else sorted(child for child in folders if not child.startswith("."))
@@ -151,9 +162,10 @@ def _scan_folder(folder: Path, name: str) -> tuple[list[str], bool]:
         for file in sorted(file for file in files if not file.startswith(".")):
             extension = os.path.splitext(file)[1].lower()
             holds_data |= extension in DATA_EXTENSIONS
+            holds_tables |= extension in (".arrow", ".parquet")
             if extension in IMAGE_EXTENSIONS:
                 images.append(os.path.join(parent, file))
-    return images, holds_data
+    return images, holds_data, holds_tables
 
 
 def _image_folder_splits(folder: Path, images: list[str]) -> dict[str, datasets.Dataset]:

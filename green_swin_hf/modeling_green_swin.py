@@ -112,7 +112,7 @@ def gather_units(images: Tensor, unit_size: int, unit_index: Tensor, is_shared: 
         unit_size: side of a mask unit in pixels.
         unit_index: [V] int64, raster index in the units of an image (`is_shared`, R = B) or of the batch (R = 1).
     """
-    units = images.unflatten(3, (-1, unit_size)).unflatten(2, (-1, unit_size)).permute(0, 2, 4, 1, 3, 5)
+    units = _as_units(images, unit_size).permute(0, 1, 2, 5, 3, 4)  # [B, down, across, channels, unit_size, unit_size]
     down, across = units.shape[1:3]
     row, column = unit_index // across % down, unit_index % across
     if is_shared:
@@ -125,8 +125,12 @@ def patchify(images: Tensor, unit_size: int) -> Tensor:
 
     Units are in raster order, the pixels of each in the order (row, column, channel). Inverse: `unpatchify`.
     """
-    units = images.unflatten(3, (-1, unit_size)).unflatten(2, (-1, unit_size))
-    return units.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    return _as_units(images, unit_size).flatten(3).flatten(1, 2)
+
+
+def _as_units(images: Tensor, unit_size: int) -> Tensor:
+    """A view of images as mask units: [B, down, across, unit_size, unit_size, channels]."""
+    return images.unflatten(3, (-1, unit_size)).unflatten(2, (-1, unit_size)).permute(0, 2, 4, 3, 5, 1)
 
 
 def unpatchify(units: Tensor, grid_size: tuple[int, int], unit_size: int) -> Tensor:
@@ -475,12 +479,25 @@ class GreenSwinPreTrainedModel(PreTrainedModel):
             init.normal_(module.mask_token, std=self.config.initializer_range)
 
 
+def _refuse_masks(arguments: dict[str, Any]) -> None:
+    """Raise a `ValueError` for a mask under a name that a model does not take, which would be lost without a word."""
+    for name in arguments:
+        if "mask" in name or name == "sparse_plan":
+            raise ValueError(
+                f"{name} is no argument of this model; masks are bool_masked_pos or sparse_plan of GreenSwinModel and "
+                "GreenSwinForMaskedImageModeling, the other models see whole images"
+            )
+
+
 class GreenSwinModel(GreenSwinPreTrainedModel):
     """
     The encoder: Swin on whole images, or on the visible patches only when a mask is given.
 
     The two agree where every stage's grid is a multiple of its window; elsewhere the dense path pads the last windows
     with zeros that take part in attention, as stock Swin does, and the visible-only path has no such padding.
+
+    With a mask for each image, images share groups: their values never mix, but a pixel that is not finite makes the
+    whole batch so.
 
     Args:
         config (`GreenSwinConfig`): Sizes of the model.
@@ -523,7 +540,8 @@ class GreenSwinModel(GreenSwinPreTrainedModel):
                 the device of the images; no work is left for the host then.
             output_attentions, output_hidden_states (`bool`): As in every transformers model.
             interpolate_pos_encoding (`bool`): Resize absolute position embeddings to the images.
-            always_partition (`bool`): Keep window and shift on grids no larger than the window (stock Swin's backbone).
+            always_partition (`bool`):
+                Keep window and shift on grids no larger than the window, as stock Swin's backbone; whole images only.
             output_hidden_states_before_downsampling (`bool`): `hidden_states` before patch merging instead of after.
 
         Raises:
@@ -533,6 +551,7 @@ class GreenSwinModel(GreenSwinPreTrainedModel):
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        _refuse_masks(kwargs)
         pixel_values = self.checked_images(pixel_values)
         batch_size = len(pixel_values)
         plan = self.resolve_plan(pixel_values, bool_masked_pos, sparse_plan)
@@ -757,6 +776,7 @@ class GreenSwinForMaskedImageModeling(GreenSwinPreTrainedModel):
         Raises:
             ValueError: as [`GreenSwinModel`].
         """
+        _refuse_masks(kwargs)
         pixel_values = self.swin.checked_images(pixel_values)
         if self.training and bool_masked_pos is None and sparse_plan is None:
             geometry = SparseGeometry.from_config(self.config, (pixel_values.shape[2], pixel_values.shape[3]))
@@ -836,6 +856,7 @@ class GreenSwinForImageClassification(GreenSwinPreTrainedModel):
                 Classes in 0 … num_labels - 1; numbers to regress on when `num_labels` is 1.
             output_attentions, output_hidden_states, interpolate_pos_encoding: as in [`GreenSwinModel`].
         """
+        _refuse_masks(kwargs)
         outputs = self.swin(
             pixel_values,
             output_attentions=output_attentions,

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,19 +23,21 @@ from torch import Tensor
 from .configuration_green_swin import as_pair, clamp_window, stage_grid_sizes
 from .window_grouping import WindowGrouping, choose_grouping
 
+Record = TypeVar("Record", bound="TensorRecord")
 
-class _TensorRecord:
+
+class TensorRecord:
     """A frozen dataclass of tensors and numbers that moves as a whole; the moved copy is a new object."""
 
-    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> Any:
+    def _map_tensors(self: Record, function: Callable[[Tensor], Tensor]) -> Record:
         changes = {field.name: _map_value(getattr(self, field.name), function) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """The same record with every tensor moved as by `Tensor.to`."""
-        return self._map_tensors(lambda tensor: tensor.to(*args, **kwargs))
+    def to(self: Record, device: torch.device | str | int, non_blocking: bool = False) -> Record:
+        """The same record with every tensor on `device`."""
+        return self._map_tensors(lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
 
-    def pin_memory(self, device: Any = None) -> Any:
+    def pin_memory(self: Record, device: Any = None) -> Record:
         """The same record with every tensor in page-locked memory, as a `DataLoader` with `pin_memory=True` asks."""
         return self._map_tensors(lambda tensor: tensor.pin_memory())
 
@@ -43,7 +45,7 @@ class _TensorRecord:
 def _map_value(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, _TensorRecord):
+    if isinstance(value, TensorRecord):
         return value._map_tensors(function)
     if isinstance(value, tuple):
         return tuple(_map_value(item, function) for item in value)
@@ -84,8 +86,8 @@ class SparseGeometry:
         unit = config.mask_unit_size
         if rows % unit or columns % unit or min(rows, columns) < unit:
             raise ValueError(
-                f"image_size {rows}x{columns} must be a multiple of mask_unit_size {unit} for masked images; "
-                "resize or crop the images, or pass no mask"
+                f"image_size {rows}x{columns} must be a multiple of mask_unit_size {unit} where images are masked; "
+                "resize or crop the images (without a mask, evaluation takes any size)"
             )
         grids = stage_grid_sizes((rows // config.patch_length, columns // config.patch_length), len(config.depths))
         stages = []
@@ -104,7 +106,7 @@ class SparseGeometry:
 
 
 @dataclass(frozen=True)
-class GroupingPlan(_TensorRecord):
+class GroupingPlan(TensorRecord):
     """Where each token of a pool sits during attention in one window partition (regular or shifted) of one stage.
 
     Attributes:
@@ -113,8 +115,10 @@ class GroupingPlan(_TensorRecord):
         gather_index: [G * S] int64, pool index of the token in each slot; a pad repeats token 0.
             `None`: one group holds the pool in its own order, nothing has to move.
         scatter_index: [T] int64, the slot (in 0 … G * S - 1) of each token; `None` with `gather_index`.
-        relative_position_index: [G, S, S] int32, row of the position table for query slot i and key slot j; the row
-            *after* the table's last one where i may not attend to j: another window, or a pad. A pad attends to itself.
+        slot_window: [G, S] int32, window of the token in each slot; negative and of its own for a pad.
+        slot_position: [G, S] int32, row * (2 * w - 1) + column of that token, for the table of a window of side w: the
+            difference of two counts rows of the table.
+        table_window_size: w.
 
     Example: a 1 x 4 grid in windows of 2 tokens (the table of a 2 x 2 window has 9 rows, the relative position (0, 0)
     is row 4), tokens of columns 0, 2, 3 visible, groups of 3 slots become one group, which needs no move::
@@ -132,11 +136,25 @@ class GroupingPlan(_TensorRecord):
     group_size: int
     gather_index: Tensor | None
     scatter_index: Tensor | None
-    relative_position_index: Tensor
+    slot_window: Tensor
+    slot_position: Tensor
+    table_window_size: int
+
+    @property
+    def relative_position_index(self) -> Tensor:
+        """[G, S, S] int32: row of the position table for query slot i and key slot j.
+
+        It is the row *after* the table's last one where i may not attend to j: another window, or a pad. A pad attends
+        to itself. Made on the device of the plan, which carries the S times smaller tensors that it follows from.
+        """
+        side = 2 * self.table_window_size - 1
+        query_position = self.slot_position + (side + 1) * (self.table_window_size - 1)
+        index = query_position[:, :, None] - self.slot_position[:, None, :]
+        return index.masked_fill_(self.slot_window[:, :, None] != self.slot_window[:, None, :], side**2)
 
 
 @dataclass(frozen=True)
-class StagePlan(_TensorRecord):
+class StagePlan(TensorRecord):
     """One stage of a plan.
 
     Attributes:
@@ -152,7 +170,7 @@ class StagePlan(_TensorRecord):
 
 
 @dataclass(frozen=True)
-class SparsePlan(_TensorRecord):
+class SparsePlan(TensorRecord):
     """Everything that visible-only Swin needs to know of the masks of one batch.
 
     Tokens are ordered by image, by mask unit (raster order), then inside a unit from coarse to fine with the column
@@ -412,20 +430,19 @@ def _window_of_token(
 def _build_grouping_plan(
     rows: Tensor, columns: Tensor, window: Tensor, sizes: list[int], grouping: WindowGrouping, table_window: int
 ) -> GroupingPlan:
-    position = rows * (2 * table_window - 1) + columns  # differences of these count rows of the position table
+    window, position = window.int(), (rows * (2 * table_window - 1) + columns).int()
     if grouping.num_groups == 1:
-        index = _relative_position_index(position[None], window[None], table_window)
-        return GroupingPlan(1, grouping.group_size, None, None, index)
+        return GroupingPlan(1, grouping.group_size, None, None, window[None], position[None], table_window)
     order, slot = _assign_slots(window, sizes, grouping)
     gather_index = torch.zeros(grouping.num_slots, dtype=torch.int64)
     gather_index[slot] = order
-    slot_window = -1 - torch.arange(grouping.num_slots)  # a pad is a window of its own
+    slot_window = -1 - torch.arange(grouping.num_slots, dtype=torch.int32)  # a pad is a window of its own
     slot_window[slot] = window[order]
     shape = (grouping.num_groups, grouping.group_size)
-    index = _relative_position_index(position[gather_index].view(shape), slot_window.view(shape), table_window)
     scatter_index = torch.empty_like(slot)
     scatter_index[order] = slot
-    return GroupingPlan(*shape, gather_index, scatter_index, index)
+    slot_position = position[gather_index].view(shape)
+    return GroupingPlan(*shape, gather_index, scatter_index, slot_window.view(shape), slot_position, table_window)
 
 
 def _assign_slots(window: Tensor, sizes: list[int], grouping: WindowGrouping) -> tuple[Tensor, Tensor]:
@@ -442,20 +459,13 @@ def _assign_slots(window: Tensor, sizes: list[int], grouping: WindowGrouping) ->
     return order, torch.arange(len(window)) + shift[window[order]]
 
 
-def _relative_position_index(position: Tensor, window: Tensor, table_window: int) -> Tensor:
-    """[G, S, S] int32: row of the position table for each pair of slots, see `GroupingPlan`."""
-    table_side = 2 * table_window - 1
-    position, window = position.int(), window.int()  # the largest tensors of a plan: half the bytes to make and move
-    index = (position + (table_side + 1) * (table_window - 1))[:, :, None] - position[:, None, :]
-    return index.masked_fill_(window[:, :, None] != window[:, None, :], table_side**2)
-
-
 __all__ = [
     "GroupingPlan",
     "SparseGeometry",
     "SparsePlan",
     "StageGeometry",
     "StagePlan",
+    "TensorRecord",
     "build_sparse_plan",
     "num_masked_units",
     "sample_masks",

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_green_swin import clamp_window
-from .sparse_plan import GroupingPlan, SparsePlan
+from .sparse_plan import GroupingPlan, SparsePlan, TensorRecord
 
 
 def gather_position_bias(table: Tensor, relative_position_index: Tensor) -> Tensor:
@@ -40,14 +40,14 @@ def gather_position_bias(table: Tensor, relative_position_index: Tensor) -> Tens
 
 
 @dataclass(frozen=True)
-class DenseLayout:
+class DenseLayout(TensorRecord):
     """Tokens of whole images in raster order, windows by padding, cyclic shift and partition as in stock Swin.
 
     Attributes:
         grid_size: tokens (rows, columns).
         window_size, shift_size: of this partition, clamped to the grid.
-        table_window_size: window that the position table is built for, at least `window_size`.
-        relative_position_index: [1 or G, S, S] int64.
+        relative_position_index: [1 or G, S, S] int64, row of the position table for each pair of tokens of a window;
+            the row after its last one where one may not attend to the other.
     """
 
     grid_size: tuple[int, int]
@@ -114,15 +114,17 @@ class DenseLayout:
 
 
 @dataclass(frozen=True)
-class VisibleLayout:
+class VisibleLayout(TensorRecord):
     """Visible tokens in the order of the pool, whole windows packed into groups of equal size (paper, sec. 3).
 
     Attributes:
         plan: the window partition.
+        relative_position_index: [G, S, S] int32, that of the plan, made once for all blocks.
         image_index: [V] image of each visible mask unit; `None` when all images share a mask.
     """
 
     plan: GroupingPlan
+    relative_position_index: Tensor
     image_index: Tensor | None
 
     def prepare(self, tokens: Tensor) -> Tensor:
@@ -139,7 +141,7 @@ class VisibleLayout:
         return tokens if self.plan.scatter_index is None else tokens.index_select(1, self.plan.scatter_index)
 
     def position_bias(self, table: Tensor) -> Tensor:
-        return gather_position_bias(table, self.plan.relative_position_index)
+        return gather_position_bias(table, self.relative_position_index)
 
     def merge_siblings(self, tokens: Tensor) -> Tensor:
         return tokens.reshape(len(tokens), -1, 4 * tokens.shape[-1])
@@ -174,8 +176,11 @@ def dense_layouts(
 
 def visible_layouts(plan: SparsePlan, stage: int) -> tuple[VisibleLayout, VisibleLayout]:
     """Regular and shifted layout of one stage for visible tokens."""
-    stage_plan = plan.stages[stage]
-    return VisibleLayout(stage_plan.regular, plan.image_index), VisibleLayout(stage_plan.shifted, plan.image_index)
+    regular, shifted = (
+        VisibleLayout(partition, partition.relative_position_index, plan.image_index)
+        for partition in (plan.stages[stage].regular, plan.stages[stage].shifted)
+    )
+    return regular, shifted
 
 
 def _window_position_index(window_size: int, table_window_size: int, device: torch.device) -> Tensor:

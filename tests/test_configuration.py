@@ -248,6 +248,9 @@ def test_variants_take_a_window_and_overrides():
         ({"group_size": "best"}, r"group_size 'best' must be \"window\", \"optimal\" or an integer"),
         ({"hidden_act": "gelly"}, r"hidden_act 'gelly' must be an activation of transformers: gelu"),
         ({"mlp_ratio": 0.01}, r"mlp_ratio 0.01 must be"),
+        ({"layer_norm_eps": "1e-6"}, r"layer_norm_eps '1e-6' must be a number"),
+        ({"mask_ratio": None}, r"mask_ratio None must be a number"),
+        ({"norm_pix_loss": "no"}, r"norm_pix_loss 'no' must be True or False"),
         (
             {"image_size": 4, "patch_size": 1, "depths": [1], "num_heads": [1], "num_channels": 1},
             r"norm_pix_loss True must be",
@@ -337,3 +340,17 @@ def test_valid_configs_describe_one_geometry(fields):
     )
     with torch.device("meta"):
         assert count(GreenSwinModel(config)) > 0
+
+
+def test_a_changed_image_size_is_saved_and_loaded_but_not_masked(tmp_path):
+    config = tiny_config()
+    config.update({"image_size": 50})
+    config.save_pretrained(tmp_path)
+    loaded = GreenSwinConfig.from_pretrained(tmp_path)
+    assert loaded.image_size == 50
+    assert loaded.to_dict() == config.to_dict()
+    assert "any_image_size" not in (tmp_path / "config.json").read_text()
+    with pytest.raises(ValueError, match="image_size 50x50 must be a multiple of mask_unit_size 8"):
+        SparseGeometry.from_config(loaded)
+    with pytest.raises(ValueError, match="image_size 50 must be a multiple of mask_unit_size 8"):
+        GreenSwinConfig(**{**config.to_dict(), "image_size": 50})

@@ -872,3 +872,25 @@ def test_gated_and_private_names(monkeypatch):
         monkeypatch.setattr("green_swin_hf.image_sources.HfApi", lambda api=api: api)
         with pytest.raises(ValueError, match=message):
             load_images("someone/pictures")
+
+
+def test_a_folder_with_pictures_beside_its_tables(tmp_path):
+    """A clone from the Hub may hold a preview; its card says what the data are, without one the user has to."""
+    shutil.copytree(FASHION, tmp_path / "clone")
+    Image.new("L", (3, 2)).save(tmp_path / "clone" / "preview.png")
+    assert load_images(tmp_path / "clone", split="validation").num_images == 1000
+    (tmp_path / "clone" / "README.md").unlink()
+    with pytest.raises(
+        ValueError, match=r"holds images \(preview.png, …\) and Parquet or Arrow files; give the one or"
+    ):
+        load_images(tmp_path / "clone")
+
+
+@pytest.mark.parametrize(("values", "expected"), [((0, 100, 200), (0, 100, 200)), ((0, 25700, 65535), (0, 100, 255))])
+def test_grey_of_32_bits_is_that_of_8_or_16_bits(values, expected):
+    content = encode(Image.fromarray(np.array([values], dtype=np.int32)), "TIFF")
+    assert decode_image({"bytes": content, "path": None}, "L").flatten().tolist() == list(expected)
+
+
+def test_transforms_take_a_size_as_one_number():
+    assert PretrainingTransform(16, num_channels=1) == PretrainingTransform((16, 16), num_channels=1)

@@ -12,7 +12,7 @@ from green_swin_hf import GreenSwinConfig, GreenSwinForMaskedImageModeling, Spar
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 
-# Published name -> ours, for what is renamed only. `qkv` is split, the index and the fixed positions are not parameters.
+# Published name -> ours, where they differ. `qkv` is split; the index and the fixed positions are not parameters.
 RENAMED = [
     ("decoder_embed.", "decoder.embed."),
     ("mask_token", "decoder.mask_token"),
@@ -27,7 +27,11 @@ RENAMED = [
     (".norm2.", ".layernorm_after."),
     (".attn.relative_position_bias_table", ".attention.self.relative_position_bias_table"),
 ]
-RENAMED_ENCODER = [(".attn.proj.", ".attention.output.dense."), (".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense.")]  # fmt: skip
+RENAMED_ENCODER = [
+    (".attn.proj.", ".attention.output.dense."),
+    (".mlp.fc1.", ".intermediate.dense."),
+    (".mlp.fc2.", ".output.dense."),
+]
 RENAMED_DECODER = [(".attn.proj.", ".output."), (".mlp.fc1.", ".up."), (".mlp.fc2.", ".down.")]
 
 

@@ -893,3 +893,17 @@ def test_labels_set_the_problem_type():
     several = make("classifier", problem_type="multi_label_classification")(images(3), labels=torch.ones(3, 5))
     assert several.loss.isfinite()
     assert make("classifier")(images(3)).loss is None
+
+
+@pytest.mark.parametrize("model_class", [GreenSwinModel, GreenSwinForMaskedImageModeling], ids=["model", "pretraining"])
+@pytest.mark.parametrize("name", ["mask", "bool_mask", "masks", "bool_masked_positions"])
+def test_a_mask_under_another_name_is_refused(model_class, name):
+    model = model_class(tiny_config()).train()
+    with pytest.raises(ValueError, match=f"{name} is no argument of this model.*bool_masked_pos"):
+        model(images(2), **{name: masks("shared", 2)})
+
+
+def test_classifiers_see_whole_images():
+    model = GreenSwinForImageClassification(tiny_config()).eval()
+    with pytest.raises(ValueError, match="bool_masked_pos is no argument of this model"):
+        model(images(2), bool_masked_pos=masks("shared", 2))
