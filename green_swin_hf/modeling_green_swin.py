@@ -878,8 +878,8 @@ class GreenSwinForImageClassification(GreenSwinPreTrainedModel):
 class GreenSwinBackbone(BackboneMixin, GreenSwinPreTrainedModel):
     """Feature maps of the stages, each behind a LayerNorm, for detection and segmentation.
 
-    As stock Swin's backbone it keeps window and shift on grids no larger than the window, padding them. Its folder loads
-    into stock `SwinBackbone`, which names a final norm missing that neither uses.
+    As stock Swin's backbone it keeps window and shift on grids no larger than the window, padding them. Its folder
+    loads into stock `SwinBackbone`, which names a final norm missing that neither uses.
     """
 
     has_attentions = True
