@@ -25,7 +25,7 @@ from typing import Any, Literal, cast
 import datasets
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object, parse_flag_from_env, send_to_device, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, send_to_device, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
@@ -37,6 +37,7 @@ from green_swin_hf.checkpointing import (
     list_checkpoints,
     load_weights,
     newest_checkpoint,
+    prepare_checkpoints,
     random_state,
     read_trainer_state,
     read_training_state,
@@ -59,6 +60,7 @@ from green_swin_hf.data import (
 from green_swin_hf.hub_upload import prepare_upload, upload_files
 from green_swin_hf.optimization import build_optimizer, cosine_schedule, native_bf16, scaled_learning_rate
 from green_swin_hf.recipes import Recipe, add_recipe_flags, flag_overrides, load_recipe, save_recipe
+from green_swin_hf.sparse_plan import num_masked_units
 from green_swin_hf.training import (
     DivergenceError,
     OneLineParser,
@@ -147,12 +149,9 @@ def main(argv: list[str] | None = None) -> int:
             model = GreenSwinForMaskedImageModeling(config)
         peak = scaled_learning_rate(recipe.learning_rate, images_per_update)
         optimizer = build_optimizer(model, peak, weight_decay=recipe.weight_decay, betas=recipe.betas)
-        # The length of an epoch of a stream is not known: there the warm-up keeps its share of the run.
-        warmup = round(recipe.warmup_epochs * (updates_per_epoch or total_updates / recipe.epochs))
-        warmup = min(warmup, total_updates)
+        warmup = count_warmup(recipe, updates_per_epoch, total_updates)
         scheduler = cosine_schedule(optimizer, warmup, total_updates, recipe.min_lr_ratio)
-        hub_id = open_hub(arguments, output) if accelerator.is_main_process else None
-    accelerator.wait_for_everyone()
+        hub_id = open_hub(arguments, output, accelerator)
 
     # Prepare. From here on files are written.
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -166,7 +165,8 @@ def main(argv: list[str] | None = None) -> int:
     set_seed(recipe.seed + 1 + accelerator.process_index)  # stochastic depth differs between processes
     if checkpoint:
         restore(run, checkpoint)
-    open_output(run, arguments.report_to)
+    with one_line_errors("pretrain.py"):
+        open_output(run, arguments.report_to)
     loader = build_loader(run, source, transform, collator)
     print_heading(run, config, source, peak, warmup, checkpoint)
     progress = tqdm(
@@ -198,22 +198,25 @@ def main(argv: list[str] | None = None) -> int:
                 speed = images_since / (time.monotonic() - since)
                 log_update(run, progress, loss, learning_rate, grad_norm, speed)
                 since, images_since = time.monotonic(), 0
+            aside = time.monotonic()
             if due(run, recipe.validate_every, total_updates):
                 measure(run)
             if due(run, recipe.save_every, stop_at):
                 save(run)
+            since += time.monotonic() - aside
             progress.update()
-    except (DivergenceError, OSError) as error:  # OSError: the disk is full or gone
-        return fail(accelerator, f"stopped: {error}; whole checkpoints are in {output / 'checkpoints'}")
-    progress.close()
+        progress.close()
 
-    # Leave the results
-    if state.update < total_updates:
-        return stopped_early(run)
-    written = save_results(run, config)
-    if hub_id:
-        accelerator.print(f"Uploaded to {upload_files(hub_id, output, written)}")
+        # Leave the results
+        if state.update < total_updates:
+            return stopped_early(run)
+        written = save_results(run, config)
+    except (DivergenceError, OSError) as error:  # OSError: the disk is full or gone
+        progress.close()
+        return fail(accelerator, f"stopped: {error}; whole checkpoints are in {output / 'checkpoints'}")
     print_results(run, config, written, time.monotonic() - started)
+    if hub_id and not upload(accelerator, hub_id, output, written):
+        return 1
     accelerator.end_training()
     return 0
 
@@ -228,7 +231,8 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
     parser.add_argument("--init-from", metavar="FOLDER", help="start a new run from these weights (also stock Swin)")
     parser.add_argument("--stop-after", type=int, metavar="UPDATES", help="save and stop after so many, to go on later")
-    parser.add_argument("--report-to", default="none", choices=("none", "tensorboard", "trackio", "wandb"))
+    trackers = ("none", "tensorboard", "trackio", "wandb")
+    parser.add_argument("--report-to", default="none", choices=trackers, help="also log there (default: none)")
     parser.add_argument("--push-to-hub", action="store_true", help="upload the results (to a private repository)")
     parser.add_argument("--hub-model-id", metavar="NAME", help="repository (default: name of the output folder)")
     parser.add_argument("--hub-public", action="store_true", help="make a new repository public")
@@ -268,7 +272,9 @@ def find_checkpoint(arguments: Namespace) -> tuple[Path, Path | None]:
         process_state().print(f"Passed over and kept: {passed_over} is damaged ({damage})")
     is_new = not path.exists() or not any(path.iterdir()) or (path / "log.jsonl").is_file()
     if checkpoint is None and not (is_auto and is_new):
-        raise ValueError(f"--resume {arguments.resume}: {path} holds no whole checkpoint; give another, or none")
+        raise ValueError(f"--resume: {path} holds no whole checkpoint; give another, or none")
+    if checkpoint is None:
+        process_state().print(f"Nothing to go on with in {path}: a new run starts there")
     return path, checkpoint
 
 
@@ -288,10 +294,12 @@ def read_recipe(arguments: Namespace, output: Path, resumed: dict[str, Any] | No
         recipe = load_recipe(of_the_run)
     else:
         recipe = load_recipe(arguments.recipe or DEFAULT_RECIPE)
-    recipe = recipe.with_flags(flag_overrides(arguments))
+    flags = flag_overrides(arguments)
+    recipe = recipe.replace(**flags) if resumed else recipe.with_flags(flags)
     if not recipe.data:
         raise ValueError("no data given; name a folder of images or a data set with --data")
-    return recipe
+    # absolute, so that the run goes on from another working directory, too
+    return recipe.replace(data=os.path.abspath(recipe.data)) if os.path.exists(recipe.data) else recipe
 
 
 def build_accelerator(
@@ -299,6 +307,8 @@ def build_accelerator(
 ) -> Accelerator:
     check_tracker(arguments.report_to)
     device = process_state().device
+    if recipe.threads and recipe.threads > 8 * available_cores():
+        raise ValueError(f"threads {recipe.threads} must be at most 8 for each of the {available_cores()} cores")
     if recipe.threads or device.type == "cpu":
         # `accelerate launch` may leave a process on the CPU fewer threads than there are cores. A resumed run takes as
         # many as before: sums over another number of threads differ in their last bits.
@@ -343,6 +353,13 @@ def count_run(recipe: Recipe, source: ImageSource, num_processes: int) -> tuple[
     return updates_per_epoch, recipe.max_steps or max(1, round(recipe.epochs * updates_per_epoch))
 
 
+def count_warmup(recipe: Recipe, updates_per_epoch: int | None, total_updates: int) -> int:
+    """Updates of warm-up; its share of the run where an epoch has no known length or --max-steps ends before it."""
+    share = round(total_updates * recipe.warmup_epochs / recipe.epochs)
+    warmup = round(recipe.warmup_epochs * updates_per_epoch) if updates_per_epoch else share
+    return warmup if warmup < total_updates else share
+
+
 def refuse_changes(resumed: dict[str, Any] | None, recipe: Recipe, source: ImageSource, num_processes: int) -> None:
     """Raise a `ValueError` when a run would go on with settings that make it another run."""
     if not resumed:
@@ -358,11 +375,21 @@ def refuse_changes(resumed: dict[str, Any] | None, recipe: Recipe, source: Image
         )
 
 
-def open_hub(arguments: Namespace, output: Path) -> str | None:
-    """The repository to upload to, made and writable; None without --push-to-hub."""
+def open_hub(arguments: Namespace, output: Path, accelerator: Accelerator) -> str | None:
+    """The repository to upload to, made and writable; None without --push-to-hub. One process asks for all."""
     if not arguments.push_to_hub:
         return None
-    return prepare_upload(arguments.hub_model_id or output.resolve().name, private=not arguments.hub_public)
+    answer: list[str | None] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            name = arguments.hub_model_id or output.resolve().name
+            answer[0] = prepare_upload(name, private=not arguments.hub_public)
+        except ValueError as error:
+            answer[1] = str(error)
+    broadcast_object_list(answer)
+    if answer[1]:
+        raise ValueError(answer[1])
+    return answer[0]
 
 
 # Data
@@ -577,9 +604,11 @@ def restore(run: Run, checkpoint: Path) -> None:
 
 
 def open_output(run: Run, report_to: str) -> None:
-    """Make the output folder with the resolved recipe and the log."""
+    """Make the output folder with the resolved recipe and the log; checkpoints of later updates are set aside."""
     if run.accelerator.is_main_process:
         run.output.mkdir(parents=True, exist_ok=True)
+        for path in prepare_checkpoints(run.output / "checkpoints", run.state.update):
+            print(f"Kept as {path}: it is of a later update than this run goes on from")
         save_recipe(run.recipe, run.output / "recipe.yaml")
         run.log = TrainingLog(run.output / "log.jsonl", run.state.log_position)
     if report_to != "none":
@@ -614,7 +643,13 @@ def draw_loss_curve(run: Run) -> None:
     entries = run.log.entries()
     x = "epoch" if run.updates_per_epoch else "step"
     validation = [(entry[x], entry["validation_loss"]) for entry in entries if "validation_loss" in entry]
-    figure = loss_figure(entries, mean_prediction_loss=run.reference_loss, validation=validation, x=x)
+    figure = loss_figure(
+        entries,
+        mean_prediction_loss=run.reference_loss,
+        validation=validation,
+        validated_on="held-out images" if run.has_held_out else "some training images",
+        x=x,
+    )
     save_figure(figure, run.output / "loss_curve.png")
 
 
@@ -641,6 +676,17 @@ def draw_reconstructions(run: Run, config: GreenSwinConfig) -> None:
     save_figure(figure, run.output / "reconstructions.png")
 
 
+def upload(accelerator: Accelerator, hub_id: str, output: Path, names: list[str]) -> bool:
+    """Send the results from the main process; whether that went well. They stay in `output` in any case."""
+    if accelerator.is_main_process:
+        try:
+            print(f"Uploaded to {upload_files(hub_id, output, names)}")
+        except Exception as error:  # the network's
+            fail(accelerator, f"the upload to {hub_id} failed: {error}; send it later: hf upload {hub_id} {output}")
+            return False
+    return True
+
+
 # Messages
 
 
@@ -657,6 +703,7 @@ def print_heading(
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     known = "a stream" if source.num_images is None else f"{source.num_images:,} images"
     unit = recipe.mask_unit_size or config.mask_unit_size
+    squares = (rows // unit) * (columns // unit)
     masks = "one for each image" if recipe.mask_sharing == "image" else "one for each batch"
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     threads = torch.get_num_threads()
@@ -667,7 +714,7 @@ def print_heading(
         "measured on": f"{measured_on(run)} with fixed masks" if run.fixed_batches else "nothing",
         "model": f"{parameters / 1e6:.1f} M parameters: patch {config.patch_length}, window {config.window_size}, "
         f"blocks {'-'.join(map(str, config.depths))}, width {config.embed_dim} to {config.hidden_size}",
-        "masks": f"{recipe.mask_ratio:.0%} in units of {unit} px, {masks}",
+        "masks": f"{num_masked_units(squares, recipe.mask_ratio)} of {squares} units of {unit} px, {masks}",
         "device": f"{accelerator.device}, {precision}, {processes}, {threads} thread{'s' * (threads > 1)}",
         "updates": f"{run.total_updates:,}{epochs} of {run.images_per_update} images; "
         f"learning rate {peak:.2e} after {warmup}",
@@ -689,7 +736,9 @@ def measured_on(run: Run) -> str:
 def print_results(run: Run, config: GreenSwinConfig, written: list[str], seconds: float) -> None:
     say = run.accelerator.print
     say(f"Done in {seconds / 60:.1f} minutes.")
-    if run.final_loss is not None and run.reference_loss:
+    if run.final_loss is not None and not math.isfinite(run.final_loss):
+        say(f"The loss on {measured_on(run)} is not finite: this model is of no use; lower --learning-rate")
+    elif run.final_loss is not None and run.reference_loss:
         change = run.final_loss / run.reference_loss - 1
         say(
             f"Loss on {measured_on(run)} with fixed masks: {run.final_loss:.4f}. "
@@ -709,9 +758,10 @@ def print_results(run: Run, config: GreenSwinConfig, written: list[str], seconds
 def stopped_early(run: Run) -> int:
     if run.recipe.save_every == 0:
         save(run)
+    launcher = "python" if run.accelerator.num_processes == 1 else "accelerate launch (as before)"
     run.accelerator.print(
         f"Stopped after update {run.state.update:,} of {run.total_updates:,} as asked. Go on with: "
-        f"python {sys.argv[0]} --output-dir {run.output} --resume auto"
+        f"{launcher} {sys.argv[0]} --output-dir {run.output} --resume auto"
     )
     run.accelerator.end_training()
     return 0

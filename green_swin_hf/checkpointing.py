@@ -37,6 +37,9 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
 
     The files go to a hidden folder beside `target`, reach the disk, and only then get their name. A folder that has
     the name already is kept under another one (`….replaced-1`). When `write` fails, nothing is left behind.
+
+    Raises:
+        OSError: it could not be written, for whatever reason; the message names it.
     """
     partial = target.with_name(f".{target.name}{_PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -48,12 +51,13 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
             _flush_to_disk(path)
         _flush_to_disk(partial)
         if target.exists():
-            target.rename(_unused_name(target))
+            target.rename(_unused_name(target, "replaced"))
         partial.rename(target)
         _flush_to_disk(target.parent)
-    except BaseException:
+    except Exception as error:  # writers of tensors raise their own kinds when the disk is full
+        raise OSError(f"{target} cannot be written: {_one_line(error)}") from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def replace_files(folder: Path, write: Callable[[Path], None], last: str = _WEIGHTS) -> list[str]:
@@ -61,6 +65,9 @@ def replace_files(folder: Path, write: Callable[[Path], None], last: str = _WEIG
 
     Returns:
         The names of the files, sorted.
+
+    Raises:
+        OSError: they could not be written, for whatever reason; the message names it.
     """
     aside = folder / f".files{_PARTIAL}"
     shutil.rmtree(aside, ignore_errors=True)
@@ -73,6 +80,8 @@ def replace_files(folder: Path, write: Callable[[Path], None], last: str = _WEIG
         for name in sorted(names, key=lambda name: name == last):
             os.replace(aside / name, folder / name)
         _flush_to_disk(folder)
+    except Exception as error:
+        raise OSError(f"the files of {folder} cannot be written: {_one_line(error)}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return names
@@ -111,6 +120,23 @@ def save_checkpoint(
     for path in list_checkpoints(folder)[:-keep]:
         _remove_folder(path)
     return target
+
+
+def prepare_checkpoints(folder: Path, step: int) -> list[Path]:
+    """Make `folder` ready for a run that goes on (or starts) after update `step`.
+
+    What a killed run left half-written is removed. Checkpoints of later updates, which another run continued from here
+    would mix with its own, are kept under other names (`….superseded-1`).
+
+    Returns:
+        The new names of these.
+    """
+    if not folder.is_dir():
+        return []
+    for path in folder.glob(f".*{_PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)
+    later = [path for path in list_checkpoints(folder) if checkpoint_step(path) > step]
+    return [path.rename(_unused_name(path, "superseded")) for path in later]
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -236,9 +262,13 @@ def _remove_folder(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _unused_name(path: Path) -> Path:
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _unused_name(path: Path, reason: str) -> Path:
     number = 1
-    while (candidate := path.with_name(f"{path.name}.replaced-{number}")).exists():
+    while (candidate := path.with_name(f"{path.name}.{reason}-{number}")).exists():
         number += 1
     return candidate
 
@@ -249,6 +279,7 @@ __all__ = [
     "list_checkpoints",
     "load_weights",
     "newest_checkpoint",
+    "prepare_checkpoints",
     "random_state",
     "read_trainer_state",
     "read_training_state",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,6 +65,7 @@ def decode_image(record: Mapping[str, Any] | None, mode: ColorMode, unnamed: str
             pixels = _decode(content, mode)
     except Exception as error:  # PIL raises nearly every built-in exception on damaged files
         reason = "is empty" if content == b"" else str(error) or type(error).__name__
+        reason = re.sub(r" <_io\.BytesIO object at \w+>", "", reason)
         raise CorruptImageError(name, reason) from error
     return torch.from_numpy(pixels).view(pixels.shape[0], pixels.shape[1], -1).permute(2, 0, 1).contiguous()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import os
 import types
 import typing
@@ -14,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from .configuration_green_swin import GreenSwinConfig
+from .configuration_green_swin import GreenSwinConfig, as_pair
 
 # The usual statistics of photographs, pixels in 0 … 1.
 IMAGENET_DEFAULT_MEAN = (0.485, 0.456, 0.406)
@@ -133,7 +134,10 @@ class Recipe:
         return dataclasses.replace(self, **_checked(changes))
 
     def with_flags(self, flags: dict[str, Any]) -> Recipe:
-        """The recipe with flags on top. Flags for other data or channels drop what was said about the former ones.
+        """The recipe with flags on top.
+
+        Flags for other data or channels drop what was said about the former ones; with other epochs alone the warm-up
+        keeps its share of the run.
 
         Raises:
             ValueError: as `replace`.
@@ -144,7 +148,10 @@ class Recipe:
             "num_channels": ("mean", "std"),
         }
         dropped = [name for key, names in about.items() if key in flags for name in names]
-        return self.replace(**{**{name: defaults[name] for name in dropped}, **flags})
+        changes = {**{name: defaults[name] for name in dropped}, **_checked(flags)}
+        if "epochs" in flags:
+            changes.setdefault("warmup_epochs", self.warmup_epochs * changes["epochs"] / self.epochs)
+        return dataclasses.replace(self, **changes)
 
     def model_config(self) -> GreenSwinConfig:
         """The model's configuration.
@@ -171,6 +178,17 @@ class Recipe:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML whose mappings name no key twice: the standard loader takes the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(problem=f"key {twice!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     """Read a recipe file. A relative `data` path that exists beside the file is meant from there.
 
@@ -182,13 +200,15 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     if not path.is_file():
         raise ValueError(f"recipe {path} is not a file; give the path of a YAML file")
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        entries = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if entries is None:
+        raise ValueError(f"recipe {path} is empty; give one with the keys of a run")
     if not isinstance(entries, dict):
         raise ValueError(f"recipe {path} must be a mapping of keys to values, not {type(entries).__name__}")
     try:
-        recipe = Recipe(**_checked(entries))
+        recipe = Recipe().with_flags(entries)
     except ValueError as error:
         raise ValueError(f"recipe {path}: {error}") from None
     beside = path.parent / recipe.data
@@ -196,12 +216,17 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
 
 
 def save_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
-    """Write a recipe that `load_recipe` reads back as the same one; local data is named relative to the file."""
+    """Write a recipe that `load_recipe` reads back as the same one, whole or not at all.
+
+    Local data, given by an absolute path, is named relative to the file.
+    """
     entries = recipe.to_dict()
     if Path(recipe.data).is_absolute():
         entries["data"] = os.path.relpath(recipe.data, Path(path).resolve().parent)
     text = yaml.safe_dump(entries, sort_keys=False, default_flow_style=None, allow_unicode=True)
-    Path(path).write_text(text, encoding="utf-8")
+    partial = Path(f"{os.fspath(path)}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def add_recipe_flags(parser: argparse._ActionsContainer) -> None:
@@ -315,14 +340,25 @@ def _check_ranges(recipe: Recipe) -> None:
         ),
         **dict.fromkeys(("weight_decay", "max_grad_norm", "min_lr_ratio", "learning_rate"), 0),
     }
+    for item in dataclasses.fields(recipe):
+        value = getattr(recipe, item.name)
+        numbers = [number for number in (value if isinstance(value, tuple) else (value,)) if isinstance(number, float)]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"{item.name} {value} must be finite")
     for name, minimum in at_least.items():
         value = getattr(recipe, name)
         if not value >= minimum:
             raise ValueError(f"{name} {value} must be at least {minimum}")
     for name in ("epochs", "max_steps", "threads"):
         value = getattr(recipe, name)
-        if value is not None and not 0 < value < float("inf"):
+        if value is not None and not value > 0:
             raise ValueError(f"{name} {value} must be greater than 0")
+    if recipe.warmup_epochs >= recipe.epochs:
+        raise ValueError(f"warmup_epochs {recipe.warmup_epochs} must be less than epochs {recipe.epochs}")
+    if recipe.seed >= 2**32:
+        raise ValueError(f"seed {recipe.seed} must be less than 2^32")
+    if recipe.pad > max(as_pair(recipe.image_size)):
+        raise ValueError(f"pad {recipe.pad} must be at most image_size {recipe.image_size}")
     if not 0 < recipe.mask_ratio < 1:
         raise ValueError(f"mask_ratio {recipe.mask_ratio} must be greater than 0 and less than 1")
     for name in ("mean", "std"):

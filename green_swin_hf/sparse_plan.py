@@ -271,7 +271,10 @@ def num_masked_units(num_units: int, mask_ratio: float) -> int:
     if not 0 < mask_ratio < 1:
         raise ValueError(f"mask_ratio {mask_ratio} must be greater than 0 and less than 1")
     if num_units < 2:
-        raise ValueError(f"num_units {num_units} must be at least 2 to mask some and see some; use larger images")
+        raise ValueError(
+            f"num_units {num_units} must be at least 2 to mask some and see some; use larger "
+            "images or smaller mask units"
+        )
     # 1e-9: the product of a decimal ratio and a count can land just above the integer that is meant
     return min(max(math.ceil(mask_ratio * num_units - 1e-9), 1), num_units - 1)
 

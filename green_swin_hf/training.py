@@ -251,16 +251,20 @@ def load_for_continued_training(
     Raises:
         ValueError: the folder does not load, is of another shape than `config`, or holds no encoder.
     """
+    if os.fspath(folder).startswith((".", "~", os.sep)) and not Path(folder).exists():
+        raise ValueError(f"--init-from {folder} does not exist; give a folder with a model, or a name on the Hub")
     try:
         with _quiet_transformers():
             loaded: Any = GreenSwinForMaskedImageModeling.from_pretrained(
                 folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True
             )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"--init-from {folder} cannot be loaded: {error}") from None
+    except Exception as error:  # readers of files that are no weights raise what they like
+        raise ValueError(f"--init-from {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     model, report = loaded
     if report["mismatched_keys"]:
-        name, found, wanted = sorted(report["mismatched_keys"])[0]
+        # an encoder's weight says more than the decoder's, whose sizes follow
+        mismatched = sorted(report["mismatched_keys"], key=lambda entry: (not entry[0].startswith("swin."), entry[0]))
+        name, found, wanted = mismatched[0]
         raise ValueError(
             f"--init-from {folder} does not fit the recipe: {name} is {list(found)} there and {list(wanted)} here; "
             "give the variant, patch_size, window_size, image_size and num_channels that it was made with"
@@ -336,11 +340,14 @@ class OneLineParser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Turn a `ValueError` into one line on stderr, from the first process only, and exit code 2."""
+    """Turn wrong input into one line on stderr, from the first process of each machine, and exit code 2.
+
+    Wrong input is a `ValueError`, or an `OSError` for files that cannot be read or made.
+    """
     try:
         yield
-    except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
+    except (ValueError, OSError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 

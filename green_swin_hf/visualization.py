@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,7 +111,8 @@ def loss_figure(
     log: Sequence[dict[str, Any]],
     *,
     mean_prediction_loss: float | None = None,
-    validation: Sequence[tuple[float, float]] = (),
+    validation: Sequence[tuple[float, float | None]] = (),
+    validated_on: str = "held-out images",
     title: str = "",
     x: str = "epoch",
 ) -> Figure:
@@ -118,7 +121,8 @@ def loss_figure(
     Args:
         log: entries with `x`, `loss` and `learning_rate`, oldest first; entries whose loss is None are left out.
         mean_prediction_loss: loss of predicting each unit's mean of the images of `validation`, drawn as a dashed line.
-        validation: pairs of `x` and loss on held-out images.
+        validation: pairs of `x` and loss on whole images with fixed masks; pairs without a loss are left out.
+        validated_on: what these images are.
         title: one line above the picture.
         x: what the horizontal axis counts, `"epoch"` or `"step"`.
     """
@@ -130,12 +134,15 @@ def loss_figure(
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     upper.plot(epochs, losses, color=_BLUE, alpha=0.35, linewidth=0.8, label="training (random crops), logged")
     upper.plot(epochs, _smoothed(losses), color=_BLUE, linewidth=2, label="training (random crops), smoothed")
-    if validation:
-        upper.plot(*zip(*validation, strict=True), "o", color=_ORANGE, markersize=4, label="held-out (whole images)")
+    measured = [(place, loss) for place, loss in validation if loss is not None and math.isfinite(loss)]
+    if measured:
+        upper.plot(*zip(*measured, strict=True), "o", color=_ORANGE, markersize=4, label=f"{validated_on} (whole)")
+    if mean_prediction_loss is not None and not math.isfinite(mean_prediction_loss):
+        mean_prediction_loss = None
     if mean_prediction_loss is not None:
-        text = f"held-out, predicting each unit's mean ({mean_prediction_loss:.3f})"
+        text = f"{validated_on}, predicting each unit's mean ({mean_prediction_loss:.3f})"
         upper.axhline(mean_prediction_loss, color=_ORANGE, linestyle="--", linewidth=1.4, label=text)
-    _limit_to_most(upper, [*losses, *(loss for _, loss in validation)], mean_prediction_loss)
+    _limit_to_most(upper, [*losses, *(loss for _, loss in measured)], mean_prediction_loss)
     upper.set_ylabel("loss")
     # Above the axes, so that neither curve nor reference line runs through it.
     figure.legend(fontsize=8, frameon=False, ncols=2, loc="outside upper left")
@@ -155,9 +162,12 @@ def loss_figure(
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> None:
     """Write a figure as PNG, whole or not at all."""
-    temporary = f"{os.fspath(path)}.partial"
-    figure.savefig(temporary, format="png", dpi=dpi)
-    os.replace(temporary, path)
+    temporary = Path(f"{os.fspath(path)}.partial")
+    try:
+        figure.savefig(temporary, format="png", dpi=dpi)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _pixel_mask(images: Tensor, bool_masked_pos: Tensor, unit: int) -> Tensor:

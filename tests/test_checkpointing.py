@@ -9,10 +9,12 @@ import torch
 
 from green_swin_hf import checkpointing
 from green_swin_hf.checkpointing import (
+    checkpoint_step,
     find_damage,
     list_checkpoints,
     load_weights,
     newest_checkpoint,
+    prepare_checkpoints,
     random_state,
     read_trainer_state,
     read_training_state,
@@ -181,3 +183,29 @@ def test_reading_a_checkpoint_runs_no_code_from_it(tmp_path):
     torch.save({"moment": print}, path / "training_state.pt")
     with pytest.raises(Exception, match=r"weights_only|Unsupported"):
         read_training_state(path)
+
+
+def test_going_on_from_an_older_checkpoint_keeps_the_later_ones_under_other_names(tmp_path):
+    for step in (3, 6, 9):
+        save(tmp_path, step, keep=5)
+    (tmp_path / ".step-00000012.partial").mkdir()
+    moved = prepare_checkpoints(tmp_path, 6)
+    assert [path.name for path in moved] == ["step-00000009.superseded-1"]
+    assert find_damage(moved[0]) is None
+    assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [3, 6]
+    assert not list(tmp_path.glob(".*.partial"))
+    save(tmp_path, 7, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000007"]
+    assert prepare_checkpoints(tmp_path / "none", 0) == []
+
+
+def test_whatever_fails_while_writing_is_an_os_error(tmp_path):
+    def fail(folder):
+        (folder / "half").write_text("x")
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    for write in (write_folder, replace_files):
+        (tmp_path / "target").mkdir(exist_ok=True)
+        with pytest.raises(OSError, match=r"target.* cannot be written: unexpected pos 64"):
+            write(tmp_path / "target", fail)
+    assert not list(tmp_path.rglob("half"))

@@ -326,7 +326,13 @@ WRONG_INPUT = {
     "recipe key": ("--recipe {folder}/typo.yaml", "unknown key 'mask_ration'; the closest valid key is 'mask_ratio'"),
     "resume path": ("--resume {folder}/none", "is no folder"),
     "resume from nothing": ("--resume {folder}", "holds no whole checkpoint"),
-    "weights": ("--init-from {folder}/none", "cannot be loaded"),
+    "weights": ("--init-from {folder}/none", "does not exist"),
+    "weights of no model": ("--init-from {folder}", "cannot be loaded"),
+    "weights of text": ("--init-from {folder}/typo.yaml", "cannot be loaded"),
+    "threads": ("--threads 100000", "threads 100000 must be at most"),
+    "padding": ("--pad 1000000", "pad 1000000 must be at most image_size 32"),
+    "rate": ("--learning-rate inf", "learning_rate inf must be finite"),
+    "mask unit of the whole image": ("--mask-unit-size 32", "larger images or smaller mask units"),
     "both starts": ("--resume auto --init-from x", "give one of them"),
     "output": ("--output-dir {folder}/typo.yaml/run", "is a file"),
     "output in use": ("--output-dir {folder}", "is not empty"),
@@ -380,3 +386,42 @@ def test_a_second_run_without_a_folder_gets_one_of_its_own(grey_images, tmp_path
     for _ in range(2):
         assert run_pretrain("--data", grey_images, *TINY, "--max-steps", 1) == 0
     assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["pretrain", "pretrain-2"]
+
+
+def test_going_on_from_an_older_checkpoint_loses_none(grey_images, tmp_path, capsys):
+    run = ["--data", grey_images, *TINY, "--output-dir", tmp_path / "run", "--save-every", 1, "--keep-checkpoints", 3]
+    assert run_pretrain(*run, "--max-steps", 5) == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    older = list_checkpoints(checkpoints)[0]
+    assert run_pretrain("--resume", older, "--stop-after", 1) == 0
+    assert "later update" in capsys.readouterr().out
+    kept = sorted(path.name for path in checkpoints.iterdir())
+    assert kept == ["step-00000003", "step-00000004", "step-00000004.superseded-1", "step-00000005.superseded-1"]
+    assert run_pretrain("--output-dir", tmp_path / "run", "--resume", "auto") == 0
+    assert [entry["step"] for entry in read_log(tmp_path / "run") if "loss" in entry] == [1, 2, 3, 4, 5]
+
+
+def test_moved_data_can_be_named_when_going_on(grey_images, tmp_path):
+    run = ["--data", grey_images, *TINY, "--output-dir", tmp_path / "run", "--save-every", 1]
+    assert run_pretrain(*run, "--max-steps", 3, "--stop-after", 1) == 0
+    moved = shutil.copy(grey_images, tmp_path / "moved.parquet")
+    assert run_pretrain("--output-dir", tmp_path / "run", "--resume", "auto", "--data", moved) == 0
+
+
+def test_a_full_disk_ends_the_run_in_one_line_with_the_earlier_checkpoint_whole(
+    grey_images, tmp_path, monkeypatch, capsys
+):
+    write = torch.save
+
+    def full(state, path):
+        if "step-00000002" in str(path):
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+        write(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    run = ["--data", grey_images, *TINY, "--output-dir", tmp_path / "run", "--save-every", 1, "--max-steps", 3]
+    assert run_pretrain(*run) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "step-00000002 cannot be written" in said
+    assert "whole checkpoints are in" in said
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]

@@ -39,11 +39,16 @@ WRONG = {
     "choice": ("mask_sharing: all", "mask_sharing 'all' must be one of image, batch"),
     "range": ("mask_ratio: 1.0", "mask_ratio 1.0 must be greater than 0 and less than 1"),
     "order": ("crop_scale: [1.0, 0.2]", "the smaller first"),
-    "not finite": ("epochs: .inf", "epochs inf must be greater than 0"),
-    "not a number": ("learning_rate: .nan", "learning_rate nan must be at least 0"),
+    "not finite": ("epochs: .inf", "epochs inf must be finite"),
+    "not a number": ("learning_rate: .nan", "learning_rate nan must be finite"),
     "channels": ("mean: [0.5]", "one number for each of the 3 channels"),
     "list": ("- 1", "must be a mapping"),
-    "empty": ("", "must be a mapping"),
+    "empty": ("", "is empty"),
+    "key twice": ("seed: 1\nseed: 2", "key 'seed' is given twice"),
+    "warm-up": ("epochs: 5\nwarmup_epochs: 5", "warmup_epochs 5.0 must be less than epochs 5.0"),
+    "seed": ("seed: 4294967296", "seed 4294967296 must be less than 2^32"),
+    "pad": ("pad: 1000", "pad 1000 must be at most image_size 224"),
+    "mean": ("mean: [.nan, 0, 0]", "must be finite"),
     "no yaml": ("a: [", "is not valid YAML"),
     "object": ("seed: !!python/object/apply:os.getcwd []", "is not valid YAML"),
 }
@@ -149,3 +154,10 @@ def test_every_recipe_file_loads_and_the_default_has_its_data():
     for path in files:
         load_recipe(path).model_config()
     assert Path(load_recipe(RECIPES / "fashion_mnist_tiny.yaml").data).is_dir()
+
+
+def test_warm_up_keeps_its_share_of_other_epochs(tmp_path):
+    recipe = load_recipe(write(tmp_path, "epochs: 20\nwarmup_epochs: 2"))
+    assert recipe.with_flags({"epochs": "5"}).warmup_epochs == 0.5
+    assert recipe.with_flags({"epochs": "5", "warmup_epochs": "1"}).warmup_epochs == 1
+    assert load_recipe(write(tmp_path, "epochs: 3")).warmup_epochs == pytest.approx(0.3)  # a tenth by default
