@@ -461,8 +461,13 @@ class GreenSwinPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["GreenSwinStage"]  # noqa: RUF012 (transformers' own attribute)
     _supports_sdpa = True
-    # Older Swin files carry the index; a SimMIM file carries the mask token of dense masked training.
-    _keys_to_ignore_on_load_unexpected = [r"relative_position_index", r"embeddings\.mask_token"]  # noqa: RUF012
+    # Older Swin files carry the index, SimMIM's the mask token of dense masked training; the decoder of a pretrained
+    # file serves pretraining only.
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"relative_position_index",
+        r"embeddings\.mask_token",
+        r"^decoder\.",
+    ]
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
