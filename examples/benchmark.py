@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+import green_swin_hf
 from green_swin_hf.window_grouping import WindowGrouping, choose_grouping, solve_grouping
 
 PATCH_SIZE = 4
@@ -267,8 +268,11 @@ def describe_run(arguments: argparse.Namespace) -> Row:
     options = {name: value for name, value in vars(arguments).items() if name not in ("command", "output")}
     return {
         "machine": {"cpu": read_cpu_model(), "cores": os.cpu_count(), "system": platform.platform()},
-        "versions": {name: read_version(name) for name in ("green-swin-hf", "ortools")}
-        | {"python": platform.python_version()},
+        "versions": {
+            "green-swin-hf": green_swin_hf.__version__,
+            "ortools": read_version("ortools"),
+            "python": platform.python_version(),
+        },
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "arguments": options,
     }
