@@ -25,8 +25,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_green_swin import GreenSwinConfig, stage_grid_sizes
+from .gpu_attention import fused_attention, require_triton
 from .sparse_plan import SparseGeometry, SparsePlan, build_sparse_plan, sample_masks
-from .token_layout import Layout, dense_layouts, visible_layouts
+from .token_layout import Layout, VisibleLayout, dense_layouts, visible_layouts
 
 
 @dataclass
@@ -168,11 +169,12 @@ def attend(
         query, key, value: [R, h, G, S, d].
         bias: added to the scaled scores, [h, G or 1, S, S].
         dropout: probability of dropping an attention weight.
-        implementation: "sdpa" for torch's fused kernels, anything else for matrix products and a softmax.
+        implementation: "eager" (or `None`) for matrix products and a softmax, anything else for torch's fused kernels,
+            which also take what `fused_attention` does not.
     """
     # On a CPU the fused kernels are slower than plain products when the bias needs a gradient (measured).
     bias_is_learned = bias is not None and bias.requires_grad and query.device.type == "cpu"
-    if implementation == "sdpa" and not bias_is_learned:
+    if implementation not in (None, "eager") and not bias_is_learned:
         return _attend_fused(query, key, value, bias, dropout), None
     scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))  # [R, h, G, S, S]
     if bias is not None:
@@ -208,12 +210,16 @@ class GreenSwinSelfAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, layout: Layout, output_attentions: bool) -> tuple[Tensor, Tensor | None]:
         tokens = layout.prepare(hidden_states)
-        query, key, value = (
-            layout.gather(project(tokens), self.num_heads) for project in (self.query, self.key, self.value)
-        )  # each [R, h, G, S, d]
-        bias = layout.position_bias(self.relative_position_bias_table)
+        query, key, value = (project(tokens) for project in (self.query, self.key, self.value))
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         implementation = "eager" if output_attentions else self.config._attn_implementation
+        table = self.relative_position_bias_table
+        if isinstance(layout, VisibleLayout):
+            fused = fused_attention(implementation, query, key, value, table, layout.plan, dropout)
+            if fused is not None:
+                return fused, None
+        query, key, value = (layout.gather(tokens, self.num_heads) for tokens in (query, key, value))  # [R, h, G, S, d]
+        bias = layout.position_bias(table)
         attended, probabilities = attend(query, key, value, bias, dropout, implementation)
         if output_attentions and probabilities is not None:
             probabilities = probabilities.transpose(1, 2).flatten(0, 1)  # [R G, h, S, S]
@@ -461,6 +467,7 @@ class GreenSwinPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["GreenSwinStage"]  # noqa: RUF012 (transformers' own attribute)
     _supports_sdpa = True
+    _supports_flex_attn = True
     # Older Swin files carry the index, SimMIM's the mask token of dense masked training; the decoder of a pretrained
     # file serves pretraining only.
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
@@ -472,6 +479,12 @@ class GreenSwinPreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True  # transformers looks for a call that our attention does not make; `attend` reads the config
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        if requested_attention == "triton_window":  # ours alone, unknown to transformers' registry
+            require_triton()
+            return requested_attention
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
