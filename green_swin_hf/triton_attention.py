@@ -282,7 +282,8 @@ def _window_attention(
     grid, sizes, constants = _launch(inputs[0], table, slot_window, table_window_size)
     output = query.new_empty(query.shape)
     log_sum = query.new_empty(len(query), table.shape[1], query.shape[1], dtype=torch.float32)
-    _forward_kernel[grid](*inputs, output, log_sum, *sizes, **constants)
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        _forward_kernel[grid](*inputs, output, log_sum, *sizes, **constants)
     return output, log_sum
 
 
@@ -312,13 +313,14 @@ def _window_attention_backward(
     output_gradient, product = output_gradient.contiguous(), torch.empty_like(log_sum)
     query_gradient, key_gradient, value_gradient = (query.new_empty(query.shape) for _ in range(3))
     table_gradient = torch.zeros(TABLE_COPIES, *table.t().shape, dtype=torch.float32, device=table.device)
-    _query_gradient_kernel[grid](
-        *inputs, output, log_sum, output_gradient, query_gradient, table_gradient, product, *sizes,
-        COPIES=TABLE_COPIES, **constants,
-    )  # fmt: skip
-    _key_gradient_kernel[grid](
-        *inputs, log_sum, output_gradient, product, key_gradient, value_gradient, *sizes, **constants
-    )
+    with torch.cuda.device_of(query):
+        _query_gradient_kernel[grid](
+            *inputs, output, log_sum, output_gradient, query_gradient, table_gradient, product, *sizes,
+            COPIES=TABLE_COPIES, **constants,
+        )  # fmt: skip
+        _key_gradient_kernel[grid](
+            *inputs, log_sum, output_gradient, product, key_gradient, value_gradient, *sizes, **constants
+        )
     table_gradient = table_gradient.sum(dim=0).t().contiguous().to(table.dtype)
     return query_gradient, key_gradient, value_gradient, table_gradient
 
@@ -361,13 +363,20 @@ def triton_window_attention(query: Tensor, key: Tensor, value: Tensor, table: Te
         plan: the window partition, on the device of the queries.
 
     Raises:
-        ValueError: another type, device or number of channels than the kernels take (there is no dropout either).
+        ValueError: another type, device or shape than the kernels take (there is no dropout either).
     """
     heads = table.shape[1]
     if not is_supported(query, heads) or not query.dtype == key.dtype == value.dtype or query.shape[2] % heads:
         raise ValueError(
             f"the Triton kernels take float32, float16 or bfloat16 on CUDA and heads of at most {MAX_HEAD_CHANNELS} "
             f'channels, not {query.dtype} on {query.device} and {query.shape[2]} / {heads}; use "sdpa" or "eager"'
+        )
+    tokens = plan.group_size if plan.scatter_index is None else len(plan.scatter_index)
+    table_rows = (2 * plan.table_window_size - 1) ** 2
+    if not query.shape == key.shape == value.shape or query.shape[1] != tokens or len(table) != table_rows:
+        raise ValueError(  # a kernel would read and write elsewhere in memory
+            f"query, key and value {[tuple(tensor.shape) for tensor in (query, key, value)]} and the table of "
+            f"{len(table)} rows do not fit a plan of {tokens} tokens and {table_rows} rows"
         )
     output, _ = _window_attention(
         query, key, value, table, plan.gather_index, plan.slot_window, plan.slot_position, plan.table_window_size

@@ -17,6 +17,7 @@ import torch
 from tiny import images, masks, randomised, seeded, tiny_config
 from torch import Tensor
 from transformers import AutoModelForMaskedImageModeling
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 from green_swin_hf import (
     GreenSwinConfig,
@@ -24,6 +25,8 @@ from green_swin_hf import (
     GreenSwinModel,
     SparseGeometry,
     build_sparse_plan,
+    gpu_attention,
+    modeling_green_swin,
 )
 from green_swin_hf.attention_variants import IMPLEMENTATIONS, window_attention
 from green_swin_hf.sparse_plan import GroupingPlan
@@ -248,6 +251,17 @@ def test_triton_refuses_what_it_cannot(channels, dtype):
         window_attention("triton_window", tokens, tokens, tokens, table, plan)
 
 
+@runs_kernels
+def test_triton_refuses_a_plan_of_other_tokens():
+    case = CASES["tokens as they stand"]
+    plan = case.plan()
+    query, key, value, table = case.inputs(plan)
+    fewer = [tensor[:, 1:] for tensor in (query, key, value)]
+    for wrong in ((*fewer, table), (query, key[:1], value, table), (query, key, value, table[1:])):
+        with pytest.raises(ValueError, match=r"do not fit a plan of \d+ tokens and \d+ rows"):
+            window_attention("triton_window", *wrong, plan)
+
+
 @not_interpreted
 @each_case
 def test_flex_attention_equals_the_plain_path(case):
@@ -300,7 +314,7 @@ def test_nothing_waits_for_the_gpu(implementation):
 @needs_triton
 @pytest.mark.parametrize(
     ("capability", "type_name", "d", "block"),
-    [(80, "bf16", 32, 64), (90, "fp16", 24, 16), (90, "fp32", 32, 32)],
+    [(80, "bf16", 32, 64), (90, "fp16", 24, 16)],
 )
 def test_kernels_compile_without_a_gpu(capability, type_name, d, block, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
@@ -327,7 +341,7 @@ def test_kernels_compile_without_a_gpu(capability, type_name, d, block, tmp_path
         options = {"num_warps": max(block // 16, 1), "num_stages": 1}
         binary = compile(ASTSource(function, signature, own), target=GPUTarget("cuda", capability, 32), options=options)
         assert binary.metadata.shared <= 99 * 1024, "more shared memory than the smallest of these GPUs has"
-        assert type_name == "fp32" or "mma" in binary.asm["ptx"], "tensor cores"
+        assert "mma" in binary.asm["ptx"], "tensor cores"
 
 
 # The model
@@ -371,6 +385,19 @@ def test_a_model_trains_the_same_with_triton(kernel_calls):
     assert kernel_calls == [1, 1, 2, 4]
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: name + text)
+
+
+@needs_gpu
+def test_a_model_trains_the_same_with_flex_attention(monkeypatch):
+    calls, real = [], gpu_attention.flex_window_attention
+    monkeypatch.setattr(gpu_attention, "flex_window_attention", lambda *given: calls.append(1) or real(*given))
+    model = pretraining(embed_dim=16)
+    given = {"pixel_values": images(2).to(DEVICE), "bool_masked_pos": masks("unequal", 2)}
+    expected = loss_and_gradients(model, "eager", **given)
+    found = loss_and_gradients(model, "flex_attention", **given)
+    assert len(calls) == 6
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-4)
 
 
 @runs_kernels
@@ -448,3 +475,9 @@ def test_without_triton_the_choice_is_refused(monkeypatch):
     model = GreenSwinModel(tiny_config())
     with pytest.raises(ImportError, match="need the package triton"):
         model.set_attn_implementation("triton_window")
+
+
+def test_the_kernels_travel_with_weights_and_ask_nobody_for_triton():
+    files = get_relative_import_files(modeling_green_swin.__file__)
+    assert {"gpu_attention.py", "triton_attention.py"} <= {Path(file).name for file in files}
+    assert not any("triton" in get_imports(file) for file in files)
