@@ -38,7 +38,7 @@ def window_attention(
         return triton_window_attention(query, key, value, table, plan)
     if implementation == "flex_attention":
         return flex_window_attention(query, key, value, table, plan)
-    layout = VisibleLayout(plan, plan.relative_position_index, None)
+    layout = VisibleLayout(plan, image_index=None)
     query, key, value = (layout.gather(tokens, table.shape[1]) for tokens in (query, key, value))
     attended, _ = attend(query, key, value, layout.position_bias(table), 0.0, implementation)
     return layout.scatter(attended)

@@ -22,6 +22,14 @@ from torch.nn.attention.flex_attention import flex_attention
 from .sparse_plan import GroupingPlan
 
 
+KERNELS = ("flex_attention", "triton_window")
+
+
+def reads_coordinates(implementation: str | None, device: torch.device) -> bool:
+    """Whether attention on this device goes to kernels that need no index of the position table for each pair."""
+    return implementation in KERNELS and device.type == "cuda"
+
+
 def fused_attention(
     implementation: str | None,
     query: Tensor,
@@ -34,13 +42,13 @@ def fused_attention(
     """Attention of visible tokens by the kernels of `implementation`, [R, T, C]; `None` where the plain path is due.
 
     Args:
-        implementation: "flex_attention", "triton_window"; all others are the plain path's.
+        implementation: one of `KERNELS`; all others are the plain path's.
         query, key, value: [R, T, C] in the order of the tokens.
         table: [P, h], the learned `relative_position_bias_table`.
         plan: the window partition, on the device of the queries.
         dropout: probability of dropping an attention weight.
     """
-    if implementation not in ("flex_attention", "triton_window") or dropout:
+    if implementation not in KERNELS or dropout:
         return None
     if torch.are_deterministic_algorithms_enabled():
         return None  # both sum the table's gradient by atomic additions
@@ -115,4 +123,4 @@ def _compiled_flex_attention() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 
-__all__ = ["flex_window_attention", "fused_attention", "require_triton"]
+__all__ = ["KERNELS", "flex_window_attention", "fused_attention", "reads_coordinates", "require_triton"]

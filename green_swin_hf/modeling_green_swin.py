@@ -25,7 +25,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_green_swin import GreenSwinConfig, stage_grid_sizes
-from .gpu_attention import fused_attention, require_triton
+from .gpu_attention import fused_attention, reads_coordinates, require_triton
 from .sparse_plan import SparseGeometry, SparsePlan, build_sparse_plan, sample_masks
 from .token_layout import Layout, VisibleLayout, dense_layouts, visible_layouts
 
@@ -154,7 +154,10 @@ def unit_statistics(units: Tensor) -> tuple[Tensor, Tensor]:
     As in MAE: unbiased variance plus 1e-6.
     """
     units = _at_least_float32(units)
-    return units.mean(dim=-1, keepdim=True), (units.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+    mean = units.mean(dim=-1, keepdim=True)
+    # two plain passes: `torch.var` is an order of magnitude slower on a CPU
+    variance = (units - mean).square().sum(dim=-1, keepdim=True) / (units.shape[-1] - 1)
+    return mean, (variance + 1e-6).sqrt()
 
 
 # Attention
@@ -579,7 +582,10 @@ class GreenSwinModel(GreenSwinPreTrainedModel):
         else:
             unit = self.config.mask_unit_size
             tokens = self.embeddings.visible(pixel_values, plan, unit, interpolate_pos_encoding)
-            layouts = [visible_layouts(plan, stage) for stage in range(self.config.num_layers)]
+            with_index = bool(output_attentions) or not reads_coordinates(
+                self.config._attn_implementation, pixel_values.device
+            )
+            layouts = [visible_layouts(plan, stage, with_index) for stage in range(self.config.num_layers)]
         stages = self.encoder(tokens, layouts, batch_size, bool(output_attentions))
         last = stages.last if self.layernorm is None else self.layernorm(stages.last)
         states = None

@@ -18,6 +18,7 @@ when the mask is shared and one single row when every image has its own (see `sp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,23 @@ def gather_position_bias(table: Tensor, relative_position_index: Tensor) -> Tens
     # dimension because the backward of `table[index]` costs several times more there.
     rows = nn.functional.pad(table.t(), (0, 1), value=float("-inf"))  # [h, P + 1]
     return rows.index_select(1, relative_position_index.flatten()).unflatten(1, relative_position_index.shape)
+
+
+class _Reorder(torch.autograd.Function):
+    """Tokens to slots of groups, or back: [R, N, C] to [R, M, C] by index.
+
+    The backward of `index_select` adds rows one by one; here it is the inverse move. What a pad computes reaches no
+    token, and its own gradients end in the pad, so neither direction has to clear pads.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(1, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.index_select(1, *ctx.saved_tensors), None, None
 
 
 @dataclass(frozen=True)
@@ -119,29 +137,33 @@ class VisibleLayout(TensorRecord):
 
     Attributes:
         plan: the window partition.
-        relative_position_index: [G, S, S] int32, that of the plan, made once for all blocks.
         image_index: [V] image of each visible mask unit; `None` when all images share a mask.
+        relative_position_index: [G, S, S] int64, that of the plan, made once for all blocks; `None` to make it where it
+            is asked for, since kernels that read coordinates do not.
     """
 
     plan: GroupingPlan
-    relative_position_index: Tensor
     image_index: Tensor | None
+    relative_position_index: Tensor | None = None
 
     def prepare(self, tokens: Tensor) -> Tensor:
         return tokens
 
     def gather(self, tokens: Tensor, heads: int) -> Tensor:
         if self.plan.gather_index is not None:
-            tokens = tokens.index_select(1, self.plan.gather_index)  # [R, G S, C]
+            tokens = _Reorder.apply(tokens, self.plan.gather_index, self.plan.scatter_index)  # [R, G S, C]
         by_head = tokens.unflatten(2, (heads, -1)).transpose(1, 2)  # [R, h, G S, d]
         return by_head.unflatten(2, (self.plan.num_groups, self.plan.group_size))
 
     def scatter(self, windows: Tensor) -> Tensor:
         tokens = windows.flatten(2, 3).transpose(1, 2).flatten(2)  # [R, G S, C]
-        return tokens if self.plan.scatter_index is None else tokens.index_select(1, self.plan.scatter_index)
+        if self.plan.scatter_index is None:
+            return tokens
+        return _Reorder.apply(tokens, self.plan.scatter_index, self.plan.gather_index)
 
     def position_bias(self, table: Tensor) -> Tensor:
-        return gather_position_bias(table, self.relative_position_index)
+        index = self.relative_position_index
+        return gather_position_bias(table, self.plan.relative_position_index if index is None else index)
 
     def merge_siblings(self, tokens: Tensor) -> Tensor:
         return tokens.reshape(len(tokens), -1, 4 * tokens.shape[-1])
@@ -174,13 +196,18 @@ def dense_layouts(
     return regular, DenseLayout.build(grid_size, window, shift, table_window_size, device)
 
 
-def visible_layouts(plan: SparsePlan, stage: int) -> tuple[VisibleLayout, VisibleLayout]:
-    """Regular and shifted layout of one stage for visible tokens."""
-    regular, shifted = (
-        VisibleLayout(partition, partition.relative_position_index, plan.image_index)
-        for partition in (plan.stages[stage].regular, plan.stages[stage].shifted)
-    )
-    return regular, shifted
+def visible_layouts(plan: SparsePlan, stage: int, with_index: bool = True) -> tuple[VisibleLayout, VisibleLayout]:
+    """Regular and shifted layout of one stage for visible tokens.
+
+    Args:
+        with_index: make the index of the position table for all pairs of slots now, once for all blocks.
+    """
+
+    def layout(partition: GroupingPlan) -> VisibleLayout:
+        return VisibleLayout(partition, plan.image_index, partition.relative_position_index if with_index else None)
+
+    regular = layout(plan.stages[stage].regular)
+    return regular, layout(plan.stages[stage].shifted) if plan.geometry.stages[stage].shift_size else regular
 
 
 def _window_position_index(window_size: int, table_window_size: int, device: torch.device) -> Tensor:
