@@ -3,8 +3,8 @@
 Parts: `training` (one step against SimMIM, Hiera and ViT-MAE: time and memory), `dense` (whole images against stock
 Swin), `floor` (distance from the time of all matrix products, profile by category), `scaling` (time against visible
 tokens), `plans` (host time of masks and plans), `compile` (torch.compile against eager) and `grouping` (the solver
-against exact bin packing). Without a part, all of them one after another: hours on a CPU, minutes with `--quick`,
-which only checks that everything runs. Tables are printed; `--output FILE.json` keeps every raw time as well, with
+against exact bin packing). Without a part, all of them one after another (a forecast of the time comes first);
+`--quick` only checks that everything runs. Tables are printed; `--output FILE.json` keeps every raw time as well, with
 machine, versions and date, and draws a picture of each part beside it.
 """
 
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarking import compilation, dense, floor, grouping, plans, scaling, training
-from benchmarking.options import OneLineParser, WrongInput, add_common
+from benchmarking.duration import describe_duration, forecast_seconds
+from benchmarking.options import OneLineParser, WrongInput, add_common, set_defaults
 from benchmarking.part import Part
 from benchmarking.report import describe_run, read_version, write_json
 
@@ -51,7 +52,8 @@ def draw(part: Part, results: dict[str, Any], path: Path) -> None:
 
 def run_all(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     """Every part with the options that it shares with the others; the report is written after each part."""
-    length = "about two minutes" if arguments.quick else "hours on a CPU, half an hour on a GPU"
+    set_defaults(arguments, sizes=[224], precision=["fp32", "bf16"])
+    length = "one or two minutes" if arguments.quick else describe_duration(forecast_seconds(arguments))
     print(f"All parts, one after another: {length}. Each is a command of its own, see --help.\n", flush=True)
     report: dict[str, Any] = {**describe_run(arguments), "results": {}}
     for part in PARTS:

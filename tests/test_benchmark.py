@@ -344,9 +344,10 @@ WRONG_INPUT = {
     "variant": ("--variants huge", "'huge' must be one of tiny, small, base, large, micro"),
     "precision": ("floor --precision fp8", "'fp8' must be one of fp32, bf16"),
     "masks": ("scaling --masks both", "'both' must be one of shared, per-image"),
-    "ratio": ("training --mask-ratio 1", "'1' must be a number of at least 0 and below 1"),
+    "ratio": ("training --mask-ratio 1", "'1' must be a number above 0 and below 1"),
     "rounds": ("dense --rounds 0", "'0' must be a whole number of at least 1"),
     "contender": ("training --contenders mae", "'mae' must be one of greenswin, simmim, hiera, vitmae"),
+    "output": ("plans --output report.png", "'report.png' must be the name of a file that ends in .json"),
     "grouping": ("grouping --image-size 100", "100 must be a multiple of the mask unit size 32"),
 }
 
@@ -359,6 +360,13 @@ def test_wrong_input_is_one_line_and_exit_code_2(words, message, capsys):
     assert stopped.value.code == 2
     assert len(lines) == 1, lines
     assert message in lines[0]
+
+
+def test_an_unknown_backend_is_one_line_and_exit_code_2(capsys):
+    assert benchmark.main(["compile", "--backend", "inducter"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "--backend 'inducter' must be one of" in line
+    assert "inductor" in line
 
 
 def test_a_missing_gpu_is_one_line_and_exit_code_2(monkeypatch, capsys):

@@ -11,8 +11,8 @@ from benchmarking.interleave import Measurement, Schedule, measure_interleaved
 from benchmarking.options import add_common, choose_batch, list_of, set_defaults
 from benchmarking.part import Part
 from benchmarking.plots import draw_dense
-from benchmarking.report import Row, print_table
-from benchmarking.tables import failures, find, memory_columns, size_columns, time_columns
+from benchmarking.report import Row
+from benchmarking.tables import failures, find, memory_columns, print_time_and_memory, size_columns, time_columns
 from benchmarking.training import setting_of
 
 AFTER = ({"do": "process_peak"}, {"do": "memory"})
@@ -68,7 +68,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         title = f"dense {TASKS[task]}: {setting_of(base)}"
         measurements = measure_interleaved(build_contenders(arguments, base), schedule, after=AFTER, title=title)
         rows = build_rows(measurements)
-        print_table(title, rows, ["ratio: to the first stock Swin's step of the same round", *failures(measurements)])
+        print_time_and_memory(
+            title, rows, ["ratio: to the first stock Swin's step of the same round", *failures(measurements)]
+        )
         raw = [measurement.as_json() for measurement in measurements]
         settings.append({"title": title, "rows": rows, "measurements": raw})
     return {"settings": settings}

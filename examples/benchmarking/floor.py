@@ -36,7 +36,7 @@ def build_contenders(arguments: argparse.Namespace, variant: str, size: int, pre
 def product_seconds(products: Sequence[Row], seconds: Sequence[float], attention_kernels: bool) -> float:
     """Seconds of all products of a step, or of all fused attention kernels, from those of one run of each."""
     pairs = zip(products, seconds, strict=True)
-    return sum(each["count"] * time for each, time in pairs if each["attention_kernel"] == attention_kernels)
+    return sum((each["count"] * time for each, time in pairs if each["attention_kernel"] == attention_kernels), 0.0)
 
 
 def summarize_floor(measurement: Measurement) -> Row:

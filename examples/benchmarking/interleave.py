@@ -185,7 +185,8 @@ def measure_interleaved(
     total = len(contenders) * (1 + schedule.warmup + schedule.rounds + len(before) + len(after))
     with tqdm(total=total, desc=title, unit="request", leave=False) as progress:
         try:
-            workers += [start_worker(contender) for contender in contenders]
+            for contender in contenders:
+                workers.append(start_worker(contender))
             _run(measurements, workers, schedule, action, before, after, progress)
         finally:
             for worker in workers:

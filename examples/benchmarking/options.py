@@ -54,10 +54,20 @@ def mask_ratio(text: str) -> float:
 
 
 def positive_ratio(text: str) -> float:
-    ratio = mask_ratio(text)
-    if not ratio:
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = 0.0
+    if not 0 < ratio < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0 and below 1")
     return ratio
+
+
+def json_file(text: str) -> Path:
+    path = Path(text)
+    if path.suffix != ".json" or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} must be the name of a file that ends in .json")
+    return path
 
 
 def seconds(text: str) -> float:
@@ -89,7 +99,7 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, help="write everything measured to this JSON file, plots beside it")
+    parser.add_argument("--output", type=json_file, help="write everything measured to this JSON file, plots beside it")
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

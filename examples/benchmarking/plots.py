@@ -44,7 +44,8 @@ def draw_bars(
     axes.barh(places, values, xerr=errors, color=colours, edgecolor="black", linewidth=0.5, capsize=3)
     ends = [high for _, high in spread] if spread is not None else values
     for place, (value, end) in enumerate(zip(values, ends, strict=True)):
-        axes.annotate(f"{value:.3g}", (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+        text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        axes.annotate(text, (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(places, labels, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.18)

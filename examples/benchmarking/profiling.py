@@ -4,6 +4,7 @@ An operator without a category of its own (an allocation, a copy) counts where i
 is a cast, the one that makes a tensor contiguous is a copy.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -81,7 +82,7 @@ def category_of_event(event: Any, image_size: int) -> str:
 
 
 def profile_step(compute: Callable[[], Any], image_size: int, use_cuda: bool) -> dict[str, Any]:
-    """Seconds of self time by category, and the operators without one that took most.
+    """Wall time of a step and self time by category in seconds, and the operators without category that took most.
 
     Profiling itself costs time, mostly that of the host: shares are to be read, not seconds.
 
@@ -90,18 +91,20 @@ def profile_step(compute: Callable[[], Any], image_size: int, use_cuda: bool) ->
     """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if use_cuda else [])]
     with profile(activities=activities, record_shapes=True) as profiler:
+        start = time.perf_counter()
         compute()
         if use_cuda:
             torch.cuda.synchronize()
+        wall_seconds = time.perf_counter() - start
     seconds: Counter[str] = Counter(dict.fromkeys([*CATEGORIES, "host", "other"], 0))
     others: Counter[str] = Counter()
     for event in profiler.events() or ():
         own: Any = event
         if own.device_type != torch.autograd.DeviceType.CPU:
             continue  # kernels are counted at the operator that launched them
-        time = 1e-6 * (own.self_device_time_total if use_cuda else own.self_cpu_time_total)
+        taken = 1e-6 * (own.self_device_time_total if use_cuda else own.self_cpu_time_total)
         category = category_of_event(own, image_size)
-        seconds[category] += time  # type: ignore[assignment]
+        seconds[category] += taken  # type: ignore[assignment]
         if category == "other":
-            others[own.name] += time  # type: ignore[assignment]
-    return {"categories": dict(seconds), "other": dict(others.most_common(5))}
+            others[own.name] += taken  # type: ignore[assignment]
+    return {"wall_seconds": wall_seconds, "categories": dict(seconds), "other": dict(others.most_common(5))}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarking.interleave import Measurement
-from benchmarking.report import MEGABYTE, Row
+from benchmarking.report import MEGABYTE, Row, print_table
 from benchmarking.statistics_of_rounds import summarize, summarize_ratios
 
 
@@ -20,13 +20,17 @@ def time_columns(measurement: Measurement, baseline: Measurement | None, key: st
 
 
 def memory_columns(measurement: Measurement, baseline: Measurement | None) -> Row:
-    """Megabytes of weights, gradients and optimizer state, of activations, and of the whole process at its peak."""
+    """Megabytes of weights, gradients and optimizer state, of activations, and of the whole process.
+
+    The process is given before it builds its model (Python with its imports) and at its peak.
+    """
     after = measurement.after
     static = after["weights_bytes"] + after["gradients_bytes"] + after["optimizer_bytes"]
     row: Row = {"weights+optimizer_MB": static / MEGABYTE, "activations_MB": after["activations_bytes"] / MEGABYTE}
     is_comparable = baseline is not None and not baseline.failure
     reference: Any = baseline.after["activations_bytes"] if baseline is not None and is_comparable else None
     row["activations_ratio"] = after["activations_bytes"] / reference if reference else None
+    row["process_start_MB"] = after["process_start_bytes"] / MEGABYTE
     row["process_peak_MB"] = after["process_peak_bytes"] / MEGABYTE
     if "cuda_peak_bytes" in after:
         row["gpu_peak_MB"] = after["cuda_peak_bytes"] / MEGABYTE
@@ -50,3 +54,17 @@ def find(measurements: Sequence[Measurement], kind: str, **fields: Any) -> Measu
         if not measurement.failure and all(getattr(measurement.contender, k) == v for k, v in wanted.items()):
             return measurement
     return None
+
+
+def select(rows: Sequence[Row], *columns: str) -> list[Row]:
+    """The rows with these columns only, where there are any: the first of them names the row."""
+    return [{name: row[name] for name in columns if name in row} for row in rows]
+
+
+def print_time_and_memory(title: str, rows: Sequence[Row], notes: Sequence[str]) -> None:
+    """Two tables from rows of `size_columns`, `time_columns` and `memory_columns`."""
+    spread = ("q1", "q3", "min", "max", "images/s", "ratio", "ratio_q1", "ratio_q3", "masks_ms")
+    memory = ("weights+optimizer_MB", "activations_MB", "activations_ratio", "process_start_MB", "process_peak_MB")
+    print_table(title, select(rows, "contender", "encoder_M", "all_M", "step_s", *spread), notes)
+    if rows:
+        print_table(f"memory of a {title}", select(rows, "contender", *memory, "gpu_peak_MB"))

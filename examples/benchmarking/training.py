@@ -16,9 +16,9 @@ from benchmarking.interleave import Measurement, Schedule, measure_interleaved
 from benchmarking.options import add_common, choose_batch, list_of, one_of, set_defaults
 from benchmarking.part import Part
 from benchmarking.plots import draw_training
-from benchmarking.report import Row, print_table
+from benchmarking.report import Row
 from benchmarking.statistics_of_rounds import summarize_ratios
-from benchmarking.tables import failures, find, memory_columns, size_columns, time_columns
+from benchmarking.tables import failures, find, memory_columns, print_time_and_memory, size_columns, time_columns
 
 KINDS = ("greenswin", "simmim", "hiera", "vitmae")
 HIERA_RATIOS = (0.6, 0.75)
@@ -102,7 +102,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             time, memory = masks["time_ratio"], masks["activations_ratio"]
             spread = f"{time['median']:.3f} of the time ({time['q1']:.3f} to {time['q3']:.3f})"
             notes.append(f"a mask per image takes {spread} and {memory:.3f} of the activations of a shared one")
-        print_table(title, rows, notes)
+        print_time_and_memory(title, rows, notes)
         raw = [measurement.as_json() for measurement in measurements]
         settings.append({"title": title, "rows": rows, "masks": masks, "measurements": raw})
     return {"settings": settings}
