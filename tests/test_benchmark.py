@@ -17,6 +17,7 @@ from benchmarking.interleave import Schedule, WorkerFailed, measure_interleaved,
 from benchmarking.memory import Allocation, measure_memory, peak_of
 from benchmarking.products import Operand, OperandPool, record_products, time_product
 from benchmarking.profiling import CATEGORIES, profile_step
+from benchmarking.rates import leave_out_slow_bf16
 from benchmarking.statistics_of_rounds import fit_line, summarize, summarize_ratios
 from benchmarking.worker import Session
 from torch import nn
@@ -297,9 +298,9 @@ class TestParts:
 
     def test_scaling(self, tmp_path, local_workers):
         (setting,) = run_quick(tmp_path, "scaling", "--masks", "shared")["results"]["settings"]
-        # 64 px: 4 mask units, 3 masked; 128 px: 16 and 12; 64 patches of each unit are tokens.
-        assert [row["visible_tokens"] for row in setting["size"]["rows"]] == [64, 256]
-        assert [row["visible_tokens"] for row in setting["batch"]["rows"]] == [64, 128]
+        # 64 px: 4 mask units, 3 masked; 128 px: 16 and 12; 192 px: 36 and 27; 64 patches of each unit are tokens.
+        assert [row["visible_tokens"] for row in setting["size"]["rows"]] == [64, 256, 576]
+        assert [row["visible_tokens"] for row in setting["batch"]["rows"]] == [64, 128, 256]
         assert setting["size"]["rows"][0]["relative"] == 1
         assert setting["size"]["line"]["slope"] != 0
 
@@ -360,6 +361,16 @@ def test_wrong_input_is_one_line_and_exit_code_2(words, message, capsys):
     assert stopped.value.code == 2
     assert len(lines) == 1, lines
     assert message in lines[0]
+
+
+def test_bf16_is_left_out_by_default_where_it_is_slow_and_that_is_said(monkeypatch, capsys):
+    rates = {"fp32": 60e9, "bf16": 2e9}
+    monkeypatch.setattr("benchmarking.rates.measure_rate", lambda device, precision: rates[precision])
+    assert leave_out_slow_bf16(["fp32", "bf16"], "cpu") == ["fp32"]
+    assert "bf16 is left out: a product reaches 2.0 GFLOP/s here, 60.0 in fp32" in capsys.readouterr().out
+    assert leave_out_slow_bf16(["fp32", "bf16"], "cuda") == ["fp32", "bf16"]
+    rates["bf16"] = 100e9
+    assert leave_out_slow_bf16(["fp32", "bf16"], "cpu") == ["fp32", "bf16"]
 
 
 def test_an_unknown_backend_is_one_line_and_exit_code_2(capsys):

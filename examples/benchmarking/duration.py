@@ -1,9 +1,9 @@
 """A rough forecast of how long all parts take, from the rate of one matrix product on this machine."""
 
 import argparse
-import time
 
 from benchmarking.options import choose_batch
+from benchmarking.rates import measure_rate
 
 # Multiply-adds of stock Swin for one image of 224 px, in billions.
 DENSE_GMACS = {"tiny": 4.5, "small": 8.7, "base": 15.4, "large": 34.5, "micro": 0.03}
@@ -11,21 +11,6 @@ DENSE_GMACS = {"tiny": 4.5, "small": 8.7, "base": 15.4, "large": 34.5, "micro": 
 # at the default number of rounds: those run in each precision, and those run in fp32 only.
 EFFICIENCY = 0.3
 STEPS_OF_EACH_PRECISION, STEPS_OF_ONE = 100, 150
-SIDE = 1024
-
-
-def measure_rate(device: str, precision: str) -> float:
-    """Floating-point operations per second of a square product, the best of three runs."""
-    import torch
-
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    matrix = torch.ones(SIDE, SIDE, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()  # reading a value waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * SIDE**3 / best
 
 
 def forecast_seconds(arguments: argparse.Namespace) -> float:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarking.rates import leave_out_slow_bf16
+
 MASK_UNIT_SIZE = 32
 SWIN_VARIANTS = ("tiny", "small", "base", "large", "micro")
 # Images of a step at 224 px on a CPU, so that a step of the dense baseline takes some seconds on two cores.
@@ -108,7 +110,11 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     variants = list_of(one_of(*SWIN_VARIANTS))
     parser.add_argument("--variants", type=variants, help="sizes of the models (default: tiny,base)")
     parser.add_argument("--sizes", type=list_of(masked_image_size), help="pixels of an image's side")
-    parser.add_argument("--precision", type=list_of(one_of("fp32", "bf16")), help="default: fp32,bf16")
+    parser.add_argument(
+        "--precision",
+        type=list_of(one_of("fp32", "bf16")),
+        help="default: fp32, and bf16 where the device is good at it",
+    )
     masks = list_of(one_of("shared", "per-image"))
     parser.add_argument("--masks", type=masks, help="of GreenSwin (default: shared,per-image)")
     parser.add_argument("--mask-ratio", type=positive_ratio, default=0.75, help="default: 0.75")
@@ -125,16 +131,26 @@ def set_defaults(arguments: argparse.Namespace, sizes: Sequence[int], precision:
     """Fill what was not given.
 
     Args:
-        sizes, precision: the part's own defaults; with `--quick` small images and the first precision.
+        sizes, precision: the part's own defaults; with `--quick` small images and the first precision. The default
+            is without bf16 on a CPU that is slow at it.
 
     Raises:
         WrongInput: no GPU where one is asked for.
     """
     quick = arguments.quick
+    if arguments.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise WrongInput(
+                "--device cuda: torch finds no GPU here; install a CUDA build of torch or use --device cpu"
+            )
+    if arguments.precision is None and not quick:
+        arguments.precision = leave_out_slow_bf16(list(precision), arguments.device)
     defaults = {
         "variants": ["micro"] if quick else ["tiny", "base"],
-        "sizes": [64 * (index + 1) for index in range(min(len(sizes), 2))] if quick else list(sizes),
-        "precision": [precision[0]] if quick else list(precision),
+        "sizes": [64 * (index + 1) for index in range(min(len(sizes), 3))] if quick else list(sizes),
+        "precision": [precision[0]],
         "masks": ["shared", "per-image"],
         "rounds": 2 if quick else 7,
         "warmup": 1 if quick else 2,
@@ -143,13 +159,6 @@ def set_defaults(arguments: argparse.Namespace, sizes: Sequence[int], precision:
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    if arguments.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise WrongInput(
-                "--device cuda: torch finds no GPU here; install a CUDA build of torch or use --device cpu"
-            )
 
 
 def choose_batch(arguments: argparse.Namespace, variant: str, size: int) -> int:

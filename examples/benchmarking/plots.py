@@ -49,6 +49,7 @@ def draw_bars(
     axes.set_yticks(places, labels, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.18)
+    axes.locator_params(axis="x", nbins=5)
     axes.set_xlim(left=0)
 
 

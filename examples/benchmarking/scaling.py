@@ -46,7 +46,7 @@ def build_rows(measurements: Sequence[Measurement], axis: str) -> list[Row]:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     set_defaults(arguments, sizes=[224, 448, 672, 896], precision=["fp32"])
-    batches = arguments.batches or ([1, 2] if arguments.quick else [1, 2, 4, 8, 16])
+    batches = arguments.batches or ([1, 2, 4] if arguments.quick else [1, 2, 4, 8, 16])
     schedule = Schedule(arguments.rounds, arguments.warmup, arguments.pause)
     fixed = arguments.batch or 1
     settings = []
@@ -68,14 +68,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for axis, of_axis in points.items():
             done = [by_point[point] for point in of_axis if not by_point[point].failure]
             setting[axis] = report_axis(title, axis, build_rows(done, axis))
-        print_table(f"failures: {title}", [], failures(measured)) if failures(measured) else None
+        if failures(measured):
+            print_table(f"failures: {title}", [], failures(measured))
         settings.append(setting)
     return {"settings": settings}
 
 
 def report_axis(title: str, axis: str, rows: list[Row]) -> dict[str, Any]:
     line, notes = None, []
-    if len(rows) > 1:
+    if len(rows) > 2:
         line = fit_line([row["visible_tokens"] for row in rows], [row["step_s"] for row in rows])
         fixed, slope = 1e3 * line["intercept"], 1e6 * line["slope"]
         notes.append(f"line through the medians: {fixed:.2f} ms + {slope:.3f} µs per token, r² {line['r2']:.4f}")
