@@ -46,6 +46,8 @@ class WorkerProcess:
 
     def __init__(self, contender: Contender):
         self.description: Reply = {}
+        # A cache of its own, so that the time of `torch.compile` is that of a first run.
+        self._compiled = tempfile.TemporaryDirectory(prefix="benchmark_", ignore_cleanup_errors=True)
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed by `close`
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarking.worker"],
@@ -53,7 +55,7 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=_environment(),
+            env=_environment(compiled=self._compiled.name),
         )
         self._send(dataclasses.asdict(contender))
 
@@ -104,14 +106,16 @@ class WorkerProcess:
             self._process.wait()
         self._process.stdout.close()
         self._errors.close()
+        self._compiled.cleanup()
 
 
-def _environment() -> dict[str, str]:
-    """This process's own, with the examples and the package that it imports on the path."""
+def _environment(compiled: str) -> dict[str, str]:
+    """This process's own, with the examples and the package that it imports on the path, and a folder for kernels."""
     package = Path(green_swin_hf.__file__).resolve().parents[1]
     inherited = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     paths = os.pathsep.join([str(EXAMPLES), str(package), *inherited])
-    return {**os.environ, "PYTHONPATH": paths, "TRANSFORMERS_VERBOSITY": "error"}
+    own = {"PYTHONPATH": paths, "TRANSFORMERS_VERBOSITY": "error", "TORCHINDUCTOR_CACHE_DIR": compiled}
+    return {**os.environ, **own}
 
 
 start_worker: Callable[[Contender], Worker] = WorkerProcess
