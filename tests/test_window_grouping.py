@@ -1,13 +1,10 @@
 """The solver against brute force on small inputs and against CP-SAT on the windows of real masks."""
 
-import importlib.util
 import random
-import sys
 from itertools import combinations, combinations_with_replacement
-from pathlib import Path
-from types import ModuleType
 
 import pytest
+from benchmarking import grouping as grouping_benchmark
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,20 +17,6 @@ from green_swin_hf.window_grouping import (
     solve_optimal_grouping,
     solve_subset_sum_grouping,
 )
-
-
-def load_benchmark() -> ModuleType:
-    path = Path(__file__).parents[1] / "examples" / "benchmark.py"
-    spec = importlib.util.spec_from_file_location("green_swin_benchmark", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-benchmark = load_benchmark()
 
 SOLVERS = {
     "best fit": solve_best_fit_grouping,
@@ -225,7 +208,7 @@ def partition_id(partition):
 PARTITIONS = [
     partition
     for window_size in (7, 14)
-    for partition in benchmark.build_partitions(224, window_size)
+    for partition in grouping_benchmark.build_partitions(224, window_size)
     if partition.stage <= 3
 ]
 UNITS_PER_SIDE = 7
@@ -233,8 +216,8 @@ UNITS_PER_SIDE = 7
 
 def draw_window_counts(partition, num_masks, seed=0):
     generator = random.Random(seed)
-    masks = [benchmark.sample_visible_units(224, 0.75, generator) for _ in range(num_masks)]
-    return [benchmark.count_visible_tokens(mask, UNITS_PER_SIDE, partition) for mask in masks]
+    masks = [grouping_benchmark.sample_visible_units(224, 0.75, generator) for _ in range(num_masks)]
+    return [grouping_benchmark.count_visible_tokens(mask, UNITS_PER_SIDE, partition) for mask in masks]
 
 
 class TestAgainstExactBinPacking:
@@ -243,7 +226,9 @@ class TestAgainstExactBinPacking:
     def test_the_oracle_equals_brute_force(self, case):
         sizes, capacity = case
         windows = sum(size > 0 for size in sizes)
-        assert benchmark.count_groups_exactly(sizes, capacity, windows) == count_groups_by_search(sizes, capacity)
+        assert grouping_benchmark.count_groups_exactly(sizes, capacity, windows) == count_groups_by_search(
+            sizes, capacity
+        )
 
     @pytest.mark.parametrize("capacity_of", [None, max], ids=["window area", "largest count"])
     @pytest.mark.parametrize("partition", PARTITIONS, ids=partition_id)
@@ -253,22 +238,22 @@ class TestAgainstExactBinPacking:
             capacity = capacity_of(sizes) if capacity_of else min(partition.window_area, sum(sizes))
             groups = solve_grouping(sizes, capacity).num_groups
             assert groups == min(len(solve(sizes, capacity)) for solve in SOLVERS.values())
-            excess.append(groups - benchmark.count_groups_exactly(sizes, capacity, upper_bound=groups))
+            excess.append(groups - grouping_benchmark.count_groups_exactly(sizes, capacity, upper_bound=groups))
         assert min(excess) >= 0
         assert sum(excess) / len(excess) <= 0.05
 
     def test_pool_of_images_is_within_a_thousandth_of_the_bound(self):
-        partition = benchmark.build_partitions(224, 7)[0]
+        partition = grouping_benchmark.build_partitions(224, 7)[0]
         sizes = [size for counts in draw_window_counts(partition, num_masks=64) for size in counts]
         grouping = solve_grouping(sizes, partition.window_area)
         assert sum(sizes) == 64 * 12 * 64
         assert grouping.num_groups <= -(-sum(sizes) // partition.window_area) * 1.001
 
     def test_window_counts_by_hand(self):
-        regular = benchmark.Partition(stage=1, grid_size=4, window_size=3, offset=0)
-        shifted = benchmark.Partition(stage=1, grid_size=4, window_size=3, offset=2)
-        assert benchmark.count_visible_tokens([0], 2, regular) == [4]
-        assert benchmark.count_visible_tokens([0], 2, shifted) == [1, 1, 1, 1]
+        regular = grouping_benchmark.Partition(stage=1, grid_size=4, window_size=3, offset=0)
+        shifted = grouping_benchmark.Partition(stage=1, grid_size=4, window_size=3, offset=2)
+        assert grouping_benchmark.count_visible_tokens([0], 2, regular) == [4]
+        assert grouping_benchmark.count_visible_tokens([0], 2, shifted) == [1, 1, 1, 1]
 
 
 class TestCost:
