@@ -21,7 +21,6 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from .sparse_plan import GroupingPlan
 
-
 KERNELS = ("flex_attention", "triton_window")
 
 

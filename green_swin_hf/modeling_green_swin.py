@@ -10,7 +10,9 @@ of an image, V visible units of a row, G windows or groups, S slots of each, C c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,6 +162,26 @@ def unit_statistics(units: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (variance + 1e-6).sqrt()
 
 
+def recomputed_in_backward(result: Tensor, function: Callable[[Tensor], Tensor], source: Tensor) -> Any:
+    """Context in which autograd keeps `source` in the place of `result`, and calls `function` on it in backward.
+
+    For the activation of an MLP, whose two sides are half of what a block keeps for its backward.
+    """
+    # torch.compile decides itself what it recomputes
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return nullcontext()
+    saved = weakref.ref(result)  # or the result would live as long as the context's functions
+
+    def pack(tensor: Tensor) -> Tensor | torch.Size:
+        whole = tensor if tensor._base is None else tensor._base
+        return tensor.shape if whole is saved() else tensor
+
+    def unpack(packed: Tensor | torch.Size) -> Tensor:
+        return packed if isinstance(packed, Tensor) else function(source).view(packed)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
 # Attention
 
 
@@ -256,21 +278,23 @@ class GreenSwinIntermediate(nn.Module):
         super().__init__()
         channels = config.stage_channels[stage]
         self.dense = nn.Linear(channels, int(config.mlp_ratio * channels))
-        self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.activation(self.dense(hidden_states))
+        return self.dense(hidden_states)
 
 
 class GreenSwinOutput(nn.Module):
     def __init__(self, config: GreenSwinConfig, stage: int):
         super().__init__()
         channels = config.stage_channels[stage]
+        self.activation = ACT2FN[config.hidden_act]
         self.dense = nn.Linear(int(config.mlp_ratio * channels), channels)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.dropout(self.dense(hidden_states))
+        activated = self.activation(hidden_states)
+        with recomputed_in_backward(activated, self.activation, hidden_states):
+            return self.dropout(self.dense(activated))
 
 
 class GreenSwinDropPath(nn.Module):
@@ -703,7 +727,10 @@ class GreenSwinDecoderLayer(GradientCheckpointingLayer):
         )
         attended, _ = attend(query, key, value, None, 0.0, self.config._attn_implementation)
         hidden_states = hidden_states + self.output(attended.squeeze(2).transpose(1, 2).flatten(2))
-        return hidden_states + self.down(self.activation(self.up(self.layernorm_after(hidden_states))))
+        raised = self.up(self.layernorm_after(hidden_states))
+        activated = self.activation(raised)
+        with recomputed_in_backward(activated, self.activation, raised):
+            return hidden_states + self.down(activated)
 
 
 def _masked_units(units: Tensor, plan: SparsePlan) -> Tensor:

@@ -14,6 +14,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .configuration_green_swin import as_pair, clamp_window, stage_grid_sizes
-from .window_grouping import WindowGrouping, choose_grouping
+from .window_grouping import WindowGrouping, attention_cost, choose_grouping
 
 Record = TypeVar("Record", bound="TensorRecord")
 
@@ -113,7 +114,7 @@ class GroupingPlan(TensorRecord):
         num_groups: G.
         group_size: S, slots of a group.
         gather_index: [G * S] int64, pool index of the token in each slot; a pad repeats token 0.
-            `None`: one group holds the pool in its own order, nothing has to move.
+            `None`: the groups hold the pool in its own order, one after another, and nothing has to move.
         scatter_index: [T] int64, the slot (in 0 … G * S - 1) of each token; `None` with `gather_index`.
         slot_window: [G, S] int32, window of the token in each slot; negative and of its own for a pad.
         slot_position: [G, S] int32, row * (2 * w - 1) + column of that token, for the table of a window of side w: the
@@ -377,6 +378,7 @@ def _padded_index(image_index: Tensor, counts: Tensor) -> Tensor | None:
     return image_index * longest + torch.arange(len(image_index)) - first[image_index]
 
 
+@lru_cache(maxsize=8)
 def unit_patch_offsets(patches_per_side: int) -> tuple[Tensor, Tensor]:
     """(row, column) of the patches inside a mask unit in the order of the pool: each [patches_per_side²] int64.
 
@@ -405,15 +407,40 @@ def _visible_coordinates(unit: Tensor, geometry: SparseGeometry) -> tuple[Tensor
 def _build_stage_plan(
     rows: Tensor, columns: Tensor, image: Tensor, num_images: int, stage: StageGeometry, group_size: str | int
 ) -> StagePlan:
+    position = (rows * (2 * stage.table_window_size - 1) + columns).int()
+    in_order = _groups_in_order(image, num_images, stage, group_size)
+
     def partition(shift: int) -> GroupingPlan:
         window, num_windows = _window_of_token(rows, columns, image, num_images, stage, shift)
+        if in_order is not None and group_size != "optimal":
+            return _plan_in_order(*in_order, window, position, stage.table_window_size)
         sizes = torch.bincount(window, minlength=num_windows).tolist()
         grouping = choose_grouping(sizes, group_size, stage.window_size**2, stage.channels)
-        return _build_grouping_plan(rows, columns, window, sizes, grouping, stage.table_window_size)
+        if in_order is not None and attention_cost(*in_order, stage.channels) <= grouping.cost(stage.channels):
+            return _plan_in_order(*in_order, window, position, stage.table_window_size)
+        return _build_grouping_plan(position, window, sizes, grouping, stage.table_window_size)
 
     regular = partition(0)
     shifted = partition(stage.shift_size) if stage.shift_size else regular
     return StagePlan(stage.grid_size, rows * stage.grid_size[1] + columns, regular, shifted)
+
+
+def _groups_in_order(
+    image: Tensor, num_images: int, stage: StageGeometry, group_size: str | int
+) -> tuple[int, int] | None:
+    """(groups, slots) where whole images, as they stand in the pool, make groups without any padding, else `None`.
+
+    So it is at the later stages, whose images have no more visible tokens than a group has slots: no solver is needed
+    and no token moves.
+    """
+    area = stage.window_size**2
+    capacity = group_size if isinstance(group_size, int) else area
+    counts = torch.bincount(image, minlength=num_images)
+    tokens = int(counts[0])
+    if tokens > capacity or not bool((counts == tokens).all()):
+        return None
+    images = next(images for images in range(capacity // tokens, 0, -1) if num_images % images == 0)
+    return num_images // images, images * tokens
 
 
 def _window_of_token(
@@ -431,17 +458,23 @@ def _window_of_token(
     return index, num_images * per_image
 
 
-def _build_grouping_plan(
-    rows: Tensor, columns: Tensor, window: Tensor, sizes: list[int], grouping: WindowGrouping, table_window: int
+def _plan_in_order(
+    num_groups: int, group_size: int, window: Tensor, position: Tensor, table_window: int
 ) -> GroupingPlan:
-    window, position = window.int(), (rows * (2 * table_window - 1) + columns).int()
+    slots = window.int().view(num_groups, group_size), position.view(num_groups, group_size)
+    return GroupingPlan(num_groups, group_size, None, None, *slots, table_window)
+
+
+def _build_grouping_plan(
+    position: Tensor, window: Tensor, sizes: list[int], grouping: WindowGrouping, table_window: int
+) -> GroupingPlan:
     if grouping.num_groups == 1:
-        return GroupingPlan(1, grouping.group_size, None, None, window[None], position[None], table_window)
+        return _plan_in_order(1, grouping.group_size, window, position, table_window)
     order, slot = _assign_slots(window, sizes, grouping)
     gather_index = torch.zeros(grouping.num_slots, dtype=torch.int64)
     gather_index[slot] = order
     slot_window = -1 - torch.arange(grouping.num_slots, dtype=torch.int32)  # a pad is a window of its own
-    slot_window[slot] = window[order]
+    slot_window[slot] = window[order].int()
     shape = (grouping.num_groups, grouping.group_size)
     scatter_index = torch.empty_like(slot)
     scatter_index[order] = slot

@@ -66,7 +66,7 @@ def _load_slots(index_ptr, window_ptr, position_ptr, group, num_slots, start, BL
     place = group * num_slots + slot
     window = tl.load(window_ptr + place, mask=inside, other=-1)
     position = tl.load(position_ptr + place, mask=inside, other=0)
-    token = slot.to(tl.int64) if index_ptr is None else tl.load(index_ptr + place, mask=inside, other=0)
+    token = place.to(tl.int64) if index_ptr is None else tl.load(index_ptr + place, mask=inside, other=0)
     return token, window, position
 
 
@@ -371,7 +371,7 @@ def triton_window_attention(query: Tensor, key: Tensor, value: Tensor, table: Te
             f"the Triton kernels take float32, float16 or bfloat16 on CUDA and heads of at most {MAX_HEAD_CHANNELS} "
             f'channels, not {query.dtype} on {query.device} and {query.shape[2]} / {heads}; use "sdpa" or "eager"'
         )
-    tokens = plan.group_size if plan.scatter_index is None else len(plan.scatter_index)
+    tokens = plan.slot_window.numel() if plan.scatter_index is None else len(plan.scatter_index)
     table_rows = (2 * plan.table_window_size - 1) ** 2
     if not query.shape == key.shape == value.shape or query.shape[1] != tokens or len(table) != table_rows:
         raise ValueError(  # a kernel would read and write elsewhere in memory

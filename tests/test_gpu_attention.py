@@ -125,7 +125,7 @@ CASES = {
     "window 7, shifted, one head of 32": Case(shifted=True, rows=1, heads=1, d=32),
     "mask per image, three heads of 24": Case(kind="per_image", rows=1, heads=3, d=24),
     "unequal counts, shifted, four heads": Case(kind="unequal", shifted=True, rows=1, heads=4, stage=1),
-    "window 14, groups of 196": Case(window=14, group_size=196, kind="per_image", heads=1, grid_of_units=7),
+    "window 14, groups of 196": Case(window=14, group_size=196, kind="unequal", heads=1, grid_of_units=7),
     "windows of a group in several blocks": Case(window=4, group_size=80, shifted=True, rows=1, grid_of_units=5),
     "tokens as they stand": Case(stage=2, rows=3, d=64),
     "narrow heads, table of a larger window": Case(window=9, stage=1, d=8),
