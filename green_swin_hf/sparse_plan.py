@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -111,8 +112,6 @@ class GroupingPlan(TensorRecord):
     """Where each token of a pool sits during attention in one window partition (regular or shifted) of one stage.
 
     Attributes:
-        num_groups: G.
-        group_size: S, slots of a group.
         gather_index: [G * S] int64, pool index of the token in each slot; a pad repeats token 0.
             `None`: the groups hold the pool in its own order, one after another, and nothing has to move.
         scatter_index: [T] int64, the slot (in 0 … G * S - 1) of each token; `None` with `gather_index`.
@@ -133,13 +132,29 @@ class GroupingPlan(TensorRecord):
         relative_position_index   [[[4, 3], [5, 4]], [[4, 9], [9, 4]]]
     """
 
-    num_groups: int
-    group_size: int
     gather_index: Tensor | None
     scatter_index: Tensor | None
     slot_window: Tensor
     slot_position: Tensor
     table_window_size: int
+
+    def __post_init__(self) -> None:
+        """Tell torch.compile, where it is in use, which number changes from mask to mask: the number of groups."""
+        dynamo = sys.modules.get("torch._dynamo")  # not imported here: that takes a second
+        if dynamo is None or torch.compiler.is_compiling() or self.gather_index is None:
+            return
+        for tensor in (self.gather_index, self.slot_window, self.slot_position):
+            dynamo.maybe_mark_dynamic(tensor, 0)
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        return self.slot_window.shape[0]
+
+    @property
+    def group_size(self) -> int:
+        """S, slots of a group."""
+        return self.slot_window.shape[1]
 
     @property
     def relative_position_index(self) -> Tensor:
@@ -416,6 +431,8 @@ def _build_stage_plan(
             return _plan_in_order(*in_order, window, position, stage.table_window_size)
         sizes = torch.bincount(window, minlength=num_windows).tolist()
         grouping = choose_grouping(sizes, group_size, stage.window_size**2, stage.channels)
+        if group_size != "optimal" and grouping.num_groups > 1:  # the same size for every mask, see GroupingPlan
+            grouping = dataclasses.replace(grouping, group_size=_capacity(stage, group_size))
         if in_order is not None and attention_cost(*in_order, stage.channels) <= grouping.cost(stage.channels):
             return _plan_in_order(*in_order, window, position, stage.table_window_size)
         return _build_grouping_plan(position, window, sizes, grouping, stage.table_window_size)
@@ -423,6 +440,10 @@ def _build_stage_plan(
     regular = partition(0)
     shifted = partition(stage.shift_size) if stage.shift_size else regular
     return StagePlan(stage.grid_size, rows * stage.grid_size[1] + columns, regular, shifted)
+
+
+def _capacity(stage: StageGeometry, group_size: str | int) -> int:
+    return group_size if isinstance(group_size, int) else stage.window_size**2
 
 
 def _groups_in_order(
@@ -433,8 +454,7 @@ def _groups_in_order(
     So it is at the later stages, whose images have no more visible tokens than a group has slots: no solver is needed
     and no token moves.
     """
-    area = stage.window_size**2
-    capacity = group_size if isinstance(group_size, int) else area
+    capacity = _capacity(stage, group_size)
     counts = torch.bincount(image, minlength=num_images)
     tokens = int(counts[0])
     if tokens > capacity or not bool((counts == tokens).all()):
@@ -462,7 +482,7 @@ def _plan_in_order(
     num_groups: int, group_size: int, window: Tensor, position: Tensor, table_window: int
 ) -> GroupingPlan:
     slots = window.int().view(num_groups, group_size), position.view(num_groups, group_size)
-    return GroupingPlan(num_groups, group_size, None, None, *slots, table_window)
+    return GroupingPlan(None, None, *slots, table_window)
 
 
 def _build_grouping_plan(
@@ -479,7 +499,7 @@ def _build_grouping_plan(
     scatter_index = torch.empty_like(slot)
     scatter_index[order] = slot
     slot_position = position[gather_index].view(shape)
-    return GroupingPlan(*shape, gather_index, scatter_index, slot_window.view(shape), slot_position, table_window)
+    return GroupingPlan(gather_index, scatter_index, slot_window.view(shape), slot_position, table_window)
 
 
 def _assign_slots(window: Tensor, sizes: list[int], grouping: WindowGrouping) -> tuple[Tensor, Tensor]:

@@ -261,10 +261,12 @@ def test_the_example_of_a_grouping_plan_in_two_groups(monkeypatch):
     from green_swin_hf import sparse_plan
     from green_swin_hf.window_grouping import WindowGrouping
 
-    # No group size of a config makes groups smaller than a window's area, so the grouping is handed in.
+    # No group size of a config makes groups smaller than a window's area, so the grouping is handed in, as one that
+    # chose its own number of slots.
     monkeypatch.setattr(sparse_plan, "choose_grouping", lambda *_: WindowGrouping(2, ((1,), (0,)), 3))
     monkeypatch.setattr(sparse_plan, "_groups_in_order", lambda *_: None)
-    plan = build_sparse_plan(torch.tensor([[False, True, False, False]]), ROW_OF_FOUR).stages[0].regular
+    geometry = dataclasses.replace(ROW_OF_FOUR, group_size="optimal")
+    plan = build_sparse_plan(torch.tensor([[False, True, False, False]]), geometry).stages[0].regular
     assert (plan.num_groups, plan.group_size) == (2, 2)
     assert plan.gather_index.tolist() == [1, 2, 0, 0]
     assert plan.scatter_index.tolist() == [2, 0, 1]
