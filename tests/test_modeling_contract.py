@@ -1,9 +1,11 @@
 """What transformers and its users ask of every model: gradients, initialisation, outputs, dtypes, files, errors."""
 
+import contextlib
 import copy
 import io
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -253,6 +255,52 @@ def test_dropout_acts_in_training_only(name, kind, implementation, learned_table
     model.train()
     first, second = (torch.cat([value.flatten() for value in tensors(model(**given))]) for _ in range(2))
     assert not torch.equal(first, second)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("kind", [None, "shared", "per_image"])
+def test_activations_of_mlps_are_not_kept_for_backward(kind):
+    model = make("pretraining").train()
+    activated = []
+
+    def note(module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
+        activated.append(weakref.ref(output))
+
+    activations = [module for module in model.modules() if type(module) is type(model.decoder.layers[0].activation)]
+    assert len(activations) == sum(model.config.depths) + model.config.decoder_num_hidden_layers
+    for module in activations:
+        module.register_forward_hook(note)
+    output = model(**inputs("pretraining", kind))
+    kept = [reference() for reference in activated if reference() is not None]
+    assert len(activated) == len(activations)
+    assert not kept
+    output.logits.square().sum().backward()  # called again for their gradients
+    assert len(activated) == 2 * len(activations)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_with_recomputed_activations_are_the_same_to_the_last_bit(dtype, monkeypatch):
+    model = make("pretraining").train()
+
+    def gradients() -> list[torch.Tensor]:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model(**inputs("pretraining", "shared")).loss
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    recomputed = gradients()
+    monkeypatch.setattr(modeling, "recomputed_in_backward", lambda *_: contextlib.nullcontext())
+    for actual, expected in zip(recomputed, gradients(), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_unit_statistics_are_torchs():
+    units = torch.randn(5, 48, generator=seeded(), dtype=torch.float64) * 3 + 7
+    units[2] = 0.25  # a flat unit
+    mean, deviation = modeling.unit_statistics(units)
+    torch.testing.assert_close(mean, units.mean(-1, keepdim=True))
+    torch.testing.assert_close(deviation, (units.var(-1, keepdim=True) + 1e-6).sqrt())
 
 
 # Initialisation

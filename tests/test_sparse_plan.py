@@ -273,6 +273,18 @@ def test_the_example_of_a_grouping_plan_in_two_groups(monkeypatch):
     assert plan.relative_position_index.tolist() == [[[4, 3], [5, 4]], [[4, 9], [9, 4]]]
 
 
+def test_images_that_fit_into_a_group_stand_there_as_in_the_pool():
+    geometry = SparseGeometry.from_config(GreenSwinConfig.from_variant("tiny"))
+    plan = build_sparse_plan(sample_masks(6, (7, 7), 0.75, seeded()), geometry)
+    shapes = [(stage.regular.num_groups, stage.regular.group_size) for stage in plan.stages]
+    assert shapes[2:] == [(6, 48), (2, 36)]  # 48 tokens of an image; 12 of each of three images (four do not divide 6)
+    for stage in plan.stages[2:]:
+        assert stage.regular.gather_index is stage.regular.scatter_index is stage.shifted.gather_index is None
+    for stage in plan.stages[:2]:
+        assert stage.regular.group_size == 49
+        assert stage.regular.gather_index is not None
+
+
 def test_the_shift_cuts_windows_at_the_border():
     geometry = SparseGeometry((1, 4), (StageGeometry((1, 4), 2, 1, table_window_size=2, channels=4),), 4)
     stage = build_sparse_plan(torch.zeros(1, 4), geometry).stages[0]

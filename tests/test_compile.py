@@ -1,0 +1,79 @@
+"""torch.compile takes the models as they are, and compiles once for all masks.
+
+The backends are those that stop before code generation: what is captured and when it is captured anew is the same.
+"""
+
+import pytest
+import torch
+from tiny import images, masks, seeded, tiny_config
+from torch._dynamo.utils import counters
+
+from green_swin_hf import (
+    GreenSwinForImageClassification,
+    GreenSwinForMaskedImageModeling,
+    SparseGeometry,
+    build_sparse_plan,
+    sample_masks,
+)
+
+BATCH_SIZE = 4
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_yet():
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def compiled_graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+# Windows of 3 tokens on grids of 16 and 8: counts and number of groups differ from mask to mask.
+@pytest.mark.parametrize("num_masks", [1, BATCH_SIZE], ids=["shared", "per image"])
+def test_training_on_new_masks_compiles_once(num_masks):
+    config = tiny_config(window_size=3, drop_path_rate=0.2)
+    model = GreenSwinForMaskedImageModeling(config).train()
+    compiled = torch.compile(model, backend="aot_eager")
+    geometry = SparseGeometry.from_config(config)
+    generator, pixels, num_groups = seeded(), images(BATCH_SIZE), set()
+    for _ in range(25):
+        plan = build_sparse_plan(sample_masks(num_masks, geometry.unit_grid_size, 0.6, generator), geometry)
+        num_groups.add(tuple(part.num_groups for stage in plan.stages for part in (stage.regular, stage.shifted)))
+        compiled(pixel_values=pixels, sparse_plan=plan).loss.backward()
+        assert compiled_graphs() == 1
+    assert len(num_groups) > 3
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("kind", ["shared", "per_image"])
+def test_compiled_training_equals_eager(kind):
+    config = tiny_config(window_size=3)
+    model = GreenSwinForMaskedImageModeling(config).train()
+    plan = build_sparse_plan(masks(kind, BATCH_SIZE), SparseGeometry.from_config(config))
+
+    def loss_and_gradients(forward):
+        loss = forward(pixel_values=images(BATCH_SIZE), sparse_plan=plan).loss
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    expected = loss_and_gradients(model)
+    for actual, value in zip(loss_and_gradients(torch.compile(model, backend="aot_eager")), expected, strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-5, atol=1e-6)
+
+
+def test_whole_images_compile_once_in_training_and_evaluation():
+    config = tiny_config(problem_type="single_label_classification")
+    model = GreenSwinForImageClassification(config).train()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for seed in range(3):
+        labels = torch.randint(0, 5, (BATCH_SIZE,), generator=seeded(seed))
+        compiled(pixel_values=images(BATCH_SIZE, seed=seed), labels=labels).loss.backward()
+    assert compiled_graphs() == 1
+    model.eval()
+    with torch.no_grad():
+        logits = compiled(pixel_values=images(BATCH_SIZE)).logits
+        torch.testing.assert_close(logits, model(pixel_values=images(BATCH_SIZE)).logits, rtol=1e-5, atol=1e-6)
+        compiled(pixel_values=images(BATCH_SIZE, seed=1))
+    assert compiled_graphs() == 2
