@@ -1,11 +1,12 @@
 """Measure GreenSwin on this machine: `python examples/benchmark.py [PART] [options]`.
 
 Parts: `training` (one step against SimMIM, Hiera and ViT-MAE: time and memory), `dense` (whole images against stock
-Swin), `floor` (distance from the time of all matrix products, profile by category), `scaling` (time against visible
-tokens), `plans` (host time of masks and plans), `compile` (torch.compile against eager) and `grouping` (the solver
-against exact bin packing). Without a part, all of them one after another (a forecast of the time comes first);
-`--quick` only checks that everything runs. Tables are printed; `--output FILE.json` keeps every raw time as well, with
-machine, versions and date, and draws a picture of each part beside it.
+Swin), `floor` (distance from the time of all matrix products, profile by category), `attention` (its implementations
+against each other), `scaling` (time against visible tokens), `plans` (host time of masks and plans), `compile`
+(torch.compile against eager) and `grouping` (the solver against exact bin packing). Without a part, all of them one
+after another (a forecast of the time comes first); `--quick` only checks that everything runs. Tables are printed;
+`--output FILE.json` keeps every raw time as well, with machine, versions and date, and draws a picture of each part
+beside it.
 """
 
 import argparse
@@ -14,13 +15,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarking import compilation, dense, floor, grouping, plans, scaling, training
+from benchmarking import attention, compilation, dense, floor, grouping, plans, scaling, training
 from benchmarking.duration import describe_duration, forecast_seconds
 from benchmarking.options import OneLineParser, WrongInput, add_common, set_defaults
 from benchmarking.part import Part
 from benchmarking.report import describe_run, read_version, write_json
 
-PARTS = (training.PART, dense.PART, floor.PART, scaling.PART, plans.PART, compilation.PART, grouping.PART)
+PARTS = (
+    training.PART,
+    dense.PART,
+    floor.PART,
+    attention.PART,
+    scaling.PART,
+    plans.PART,
+    compilation.PART,
+    grouping.PART,
+)
 ALL = "all"
 
 

@@ -15,10 +15,11 @@ IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "triton_window")
 def window_attention(
     implementation: str, query: Tensor, key: Tensor, value: Tensor, table: Tensor, plan: GroupingPlan
 ) -> Tensor:
-    """Multi-head attention of visible tokens inside their windows, [R, T, C], by one implementation and no other.
+    """Multi-head attention of visible tokens inside their windows, [R, T, C], by one implementation.
 
-    The model differs in that it falls back to the plain path where a kernel does not run. The relative position index
-    is part of what "eager" and "sdpa" do here; the model makes it once for all blocks of a stage.
+    On a CPU "sdpa" is "eager" where the table needs a gradient, see `attend`; the other two are never replaced, whereas
+    the model falls back to the plain path where a kernel does not run. The relative position index is part of what
+    "eager" and "sdpa" do here; the model makes it once for all blocks of a stage.
 
     Args:
         implementation: one of `IMPLEMENTATIONS`.

@@ -310,6 +310,14 @@ class TestParts:
         ]  # fmt: skip
         assert [len(times) for times in results["times"]] == [3] * 4
 
+    def test_attention(self, tmp_path):
+        (setting,) = run_quick(tmp_path, "attention", "--masks", "per-image")["results"]["settings"]
+        assert [(row["stage"], row["attention"]) for row in setting["rows"]] == [
+            (stage, name) for stage in (1, 2, 3, 4) for name in ("eager", "sdpa")
+        ]
+        assert all(row["over_eager"] == 1 for row in setting["rows"][::2])
+        assert [len(times["seconds"]["sdpa"]) for times in setting["times"]] == [2] * 4
+
     def test_compile(self, tmp_path, local_workers):
         torch.compiler.reset()
         (setting,) = run_quick(tmp_path, "compile", "--masks", "per-image")["results"]["settings"]
@@ -331,7 +339,7 @@ class TestParts:
         monkeypatch.setattr(benchmark, "PARTS", tuple(map(pretend, benchmark.PARTS)))
         output = tmp_path / "all.json"
         assert benchmark.main(["--sizes", "96", "--output", str(output)]) == 0
-        names = ["training", "dense", "floor", "scaling", "plans", "compile", "grouping"]
+        names = ["training", "dense", "floor", "attention", "scaling", "plans", "compile", "grouping"]
         assert asked == [(name, None if name == "grouping" else [96]) for name in names]
         assert list(json.loads(output.read_text())["results"]) == names
         assert "one after another" in capsys.readouterr().out

@@ -175,3 +175,19 @@ def draw_compilation(results: Results, path: Path) -> None:
         panel.set_xlabel("seconds per step, median")
         panel.set_title(setting["title"], fontsize=10)
     save(figure, path)
+
+
+def draw_attention(results: Results, path: Path) -> None:
+    """Milliseconds of each implementation, a panel for each setting and kind of mask."""
+    panels = [
+        (f"{setting['title']}, {masks} masks", [row for row in setting["rows"] if row["masks"] == masks])
+        for setting in results["settings"]
+        for masks in dict.fromkeys(row["masks"] for row in setting["rows"])
+    ]
+    figure, axes = new_figure(len(panels), 1, 8.0, 1.2 + 0.25 * max(len(rows) for _, rows in panels))
+    for (panel,), (title, rows) in zip(axes, panels, strict=True):
+        labels = [f"stage {row['stage']}, {row['attention']}" for row in rows]
+        draw_bars(panel, labels, [row["ms"] for row in rows], [(row["q1"], row["q3"]) for row in rows])
+        panel.set_xlabel("forward and backward, ms (median and quartiles)")
+        panel.set_title(title, fontsize=10)
+    save(figure, path)

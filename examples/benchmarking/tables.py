@@ -14,9 +14,10 @@ def time_columns(measurement: Measurement, baseline: Measurement | None, key: st
     row: Row = {"step_s": time["median"], "q1": time["q1"], "q3": time["q3"], "min": time["min"], "max": time["max"]}
     row["images/s"] = measurement.contender.batch / time["median"]
     if baseline is None or baseline.failure:
-        return row | {"ratio": None, "ratio_q1": None, "ratio_q3": None}
+        return row | {"ratio": None, "ratio_q1": None, "ratio_q3": None, "speedup": None}
     ratio = summarize_ratios(measurement.values(key), baseline.values(key))
-    return row | {"ratio": ratio["median"], "ratio_q1": ratio["q1"], "ratio_q3": ratio["q3"]}
+    speedup = summarize_ratios(baseline.values(key), measurement.values(key))["median"]
+    return row | {"ratio": ratio["median"], "ratio_q1": ratio["q1"], "ratio_q3": ratio["q3"], "speedup": speedup}
 
 
 def memory_columns(measurement: Measurement, baseline: Measurement | None) -> Row:
@@ -63,7 +64,7 @@ def select(rows: Sequence[Row], *columns: str) -> list[Row]:
 
 def print_time_and_memory(title: str, rows: Sequence[Row], notes: Sequence[str]) -> None:
     """Two tables from rows of `size_columns`, `time_columns` and `memory_columns`."""
-    spread = ("q1", "q3", "min", "max", "images/s", "ratio", "ratio_q1", "ratio_q3", "masks_ms")
+    spread = ("q1", "q3", "min", "max", "images/s", "ratio", "ratio_q1", "ratio_q3", "speedup", "masks_ms")
     memory = ("weights+optimizer_MB", "activations_MB", "activations_ratio", "process_start_MB", "process_peak_MB")
     print_table(title, select(rows, "contender", "encoder_M", "all_M", "step_s", *spread), notes)
     if rows:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
+from benchmarking.attention import ON_A_GPU
 from benchmarking.contenders import Contender
 from benchmarking.interleave import Measurement, Schedule, measure_interleaved
 from benchmarking.options import add_common, choose_batch, list_of, one_of, set_defaults
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention",
         type=list_of(str),
-        help="attention implementations of GreenSwin (default: the model's on a CPU, sdpa,eager on a GPU)",
+        help=f"attention implementations of GreenSwin (default: the model's; on a GPU {','.join(ON_A_GPU)})",
     )
 
 
@@ -47,7 +48,7 @@ def build_contenders(arguments: argparse.Namespace, variant: str, size: int, pre
         device=arguments.device,
         threads=arguments.threads,
     )
-    attentions = arguments.attention or (["sdpa", "eager"] if arguments.device == "cuda" else [None])
+    attentions = arguments.attention or (ON_A_GPU if arguments.device == "cuda" else [None])
     groups = {
         "greenswin": [
             dataclasses.replace(base, kind="greenswin", masks=masks, attention=attention)
