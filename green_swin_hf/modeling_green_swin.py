@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, GELUActivation
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput
@@ -162,24 +162,37 @@ def unit_statistics(units: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (variance + 1e-6).sqrt()
 
 
-def recomputed_in_backward(result: Tensor, function: Callable[[Tensor], Tensor], source: Tensor) -> Any:
+def recomputed_in_backward(
+    result: Tensor, function: Callable[[Tensor], Tensor], source: Tensor
+) -> AbstractContextManager[Any]:
     """Context in which autograd keeps `source` in the place of `result`, and calls `function` on it in backward.
 
-    For the activation of an MLP, whose two sides are half of what a block keeps for its backward.
+    For the GELU of an MLP: source and result are half of what a block keeps. Other activations may keep their result
+    themselves and gain nothing. Where somebody else decides what is kept (gradient checkpointing, offloading,
+    torch.compile, torch.func), it is left to them.
     """
-    # torch.compile decides itself what it recomputes
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not isinstance(function, GELUActivation) or torch.compiler.is_compiling() or _saving_is_handled():
         return nullcontext()
-    saved = weakref.ref(result)  # or the result would live as long as the context's functions
+    result_ref = weakref.ref(result)  # or the result would live as long as the context's functions
 
     def pack(tensor: Tensor) -> Tensor | torch.Size:
         whole = tensor if tensor._base is None else tensor._base
-        return tensor.shape if whole is saved() else tensor
+        # a contiguous view of the whole result is the result in another shape
+        is_result = whole is result_ref() and tensor.numel() == whole.numel() and tensor.is_contiguous()
+        return tensor.shape if is_result else tensor
 
     def unpack(packed: Tensor | torch.Size) -> Tensor:
         return packed if isinstance(packed, Tensor) else function(source).view(packed)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _saving_is_handled() -> bool:
+    """Whether hooks on saved tensors are in use already, of which only the innermost would be called, or forbidden."""
+    hooks: Any = torch._C._autograd
+    if not hasattr(hooks, "_top_saved_tensors_default_hooks"):  # torch has no public question for it
+        return True
+    return not hooks._saved_tensors_hooks_is_enabled() or hooks._top_saved_tensors_default_hooks(True) is not None
 
 
 # Attention

@@ -15,7 +15,6 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -139,12 +138,19 @@ class GroupingPlan(TensorRecord):
     table_window_size: int
 
     def __post_init__(self) -> None:
-        """Tell torch.compile, where it is in use, which number changes from mask to mask: the number of groups."""
+        """Tell torch.compile, where it is in use, which number changes from mask to mask: the number of groups.
+
+        The marks do not travel between processes; each plan that is built, moved or received gets its own.
+        """
         dynamo = sys.modules.get("torch._dynamo")  # not imported here: that takes a second
         if dynamo is None or torch.compiler.is_compiling() or self.gather_index is None:
             return
         for tensor in (self.gather_index, self.slot_window, self.slot_position):
             dynamo.maybe_mark_dynamic(tensor, 0)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
     @property
     def num_groups(self) -> int:
@@ -393,7 +399,6 @@ def _padded_index(image_index: Tensor, counts: Tensor) -> Tensor | None:
     return image_index * longest + torch.arange(len(image_index)) - first[image_index]
 
 
-@lru_cache(maxsize=8)
 def unit_patch_offsets(patches_per_side: int) -> tuple[Tensor, Tensor]:
     """(row, column) of the patches inside a mask unit in the order of the pool: each [patches_per_side²] int64.
 

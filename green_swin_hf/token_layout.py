@@ -43,14 +43,20 @@ def gather_position_bias(table: Tensor, relative_position_index: Tensor) -> Tens
 class _Reorder(torch.autograd.Function):
     """Tokens to slots of groups, or back: [R, N, C] to [R, M, C] by index.
 
-    The backward of `index_select` adds rows one by one; here it is the inverse move. What a pad computes reaches no
-    token, and its own gradients end in the pad, so neither direction has to clear pads.
+    The backward of `index_select` adds rows one by one; here it is the inverse move. That is the same, up to rounding,
+    although pads are never cleared: a pad attends to itself alone, so its softmax has no gradient, and what it computes
+    is not read.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
+    def forward(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         return rows.index_select(1, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

@@ -1,5 +1,6 @@
 """The benchmark: what its figures mean, by hand computation, and every part on a micro model."""
 
+import functools
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import benchmark
 import pytest
 import torch
-from benchmarking import interleave
+from benchmarking import attention, interleave
 from benchmarking.contenders import Contender
 from benchmarking.floor import product_seconds
 from benchmarking.interleave import Schedule, WorkerFailed, measure_interleaved, round_order
@@ -313,10 +314,16 @@ class TestParts:
     def test_attention(self, tmp_path):
         (setting,) = run_quick(tmp_path, "attention", "--masks", "per-image")["results"]["settings"]
         assert [(row["stage"], row["attention"]) for row in setting["rows"]] == [
-            (stage, name) for stage in (1, 2, 3, 4) for name in ("eager", "sdpa")
+            (stage, "eager") for stage in (1, 2, 3, 4)
         ]
-        assert all(row["over_eager"] == 1 for row in setting["rows"][::2])
-        assert [len(times["seconds"]["sdpa"]) for times in setting["times"]] == [2] * 4
+        assert [len(times["seconds"]["eager"]) for times in setting["times"]] == [2] * 4
+
+    def test_implementations_of_attention_take_turns_at_being_first(self):
+        asked = []
+        steps = {name: functools.partial(asked.append, name) for name in "abc"}
+        times = attention.time_in_turns(steps, warmup=1, rounds=2)
+        assert "".join(asked) == "abcbcacab"
+        assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2, "c": 2}
 
     def test_compile(self, tmp_path, local_workers):
         torch.compiler.reset()
@@ -356,6 +363,8 @@ WRONG_INPUT = {
     "rounds": ("dense --rounds 0", "'0' must be a whole number of at least 1"),
     "contender": ("training --contenders mae", "'mae' must be one of greenswin, simmim, hiera, vitmae"),
     "output": ("plans --output report.png", "'report.png' must be the name of a file that ends in .json"),
+    "output that cannot be written": ("plans --output /dev/null/report.json", "cannot be written: "),
+    "attention": ("attention --attention flash", "'flash' must be one of eager, sdpa, flex_attention, triton_window"),
     "grouping": ("grouping --image-size 100", "100 must be a multiple of the mask unit size 32"),
 }
 
@@ -385,6 +394,19 @@ def test_an_unknown_backend_is_one_line_and_exit_code_2(capsys):
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "--backend 'inducter' must be one of" in line
     assert "inductor" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("plans --quick --group-sizes 3", "--group-sizes: group_size 3 must be"),
+        ("attention --attention triton_window", "--attention triton_window does not run on cpu"),
+    ],
+)
+def test_what_a_part_refuses_is_one_line_and_exit_code_2(words, message, capsys):
+    assert benchmark.main(words.split()) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
 
 
 def test_a_missing_gpu_is_one_line_and_exit_code_2(monkeypatch, capsys):

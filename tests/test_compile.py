@@ -3,6 +3,8 @@
 The backends are those that stop before code generation: what is captured and when it is captured anew is the same.
 """
 
+import pickle
+
 import pytest
 import torch
 from tiny import images, masks, seeded, tiny_config
@@ -46,6 +48,17 @@ def test_training_on_new_masks_compiles_once(num_masks):
         assert compiled_graphs() == 1
     assert len(num_groups) > 3
     assert not counters["graph_break"]
+
+
+def test_plans_from_another_process_compile_once_too():
+    config = tiny_config(window_size=3)
+    compiled = torch.compile(GreenSwinForMaskedImageModeling(config).train(), backend="eager")
+    geometry = SparseGeometry.from_config(config)
+    for seed in range(10):
+        plan = build_sparse_plan(sample_masks(1, geometry.unit_grid_size, 0.6, seeded(seed)), geometry)
+        received = pickle.loads(pickle.dumps(plan))  # as a loader's worker sends it
+        compiled(pixel_values=images(BATCH_SIZE), sparse_plan=received)
+    assert compiled_graphs() == 1
 
 
 @pytest.mark.parametrize("kind", ["shared", "per_image"])

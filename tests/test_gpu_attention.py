@@ -30,6 +30,7 @@ from green_swin_hf import (
 )
 from green_swin_hf.attention_variants import IMPLEMENTATIONS, window_attention
 from green_swin_hf.sparse_plan import GroupingPlan
+from green_swin_hf.token_layout import VisibleLayout
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
@@ -144,7 +145,7 @@ def test_the_cases_are_what_they_say():
 
 
 def values_and_gradients(implementation: str, inputs: list[Tensor], plan: GroupingPlan) -> list[Tensor]:
-    output = window_attention(implementation, *inputs, plan)
+    output = window_attention(implementation, *inputs, VisibleLayout(plan, None))
     weights = torch.randn(output.shape, generator=seeded(3)).to(output)
     return [output, *torch.autograd.grad(output, inputs, weights)]
 
@@ -204,12 +205,12 @@ def test_other_windows_and_pads_have_no_part_in_triton():
     case = CASES["windows of a group in several blocks"]
     plan = case.plan()
     query, key, value, table = (tensor.detach() for tensor in case.inputs(plan))
-    before = window_attention("triton_window", query, key, value, table, plan)
+    before = window_attention("triton_window", query, key, value, table, VisibleLayout(plan, None))
     window = plan.slot_window.flatten()[plan.scatter_index]
     own = window == window[0]
     assert not own.all()
     changed = [torch.where(own[:, None], tensor, 100 * tensor) for tensor in (key, value)]
-    after = window_attention("triton_window", query, *changed, table, plan)
+    after = window_attention("triton_window", query, *changed, table, VisibleLayout(plan, None))
     assert torch.equal(before[:, own], after[:, own])
 
 
@@ -230,9 +231,9 @@ def test_triton_in_torch_compile():
     plan = case.plan()
     inputs = case.inputs(plan)
     compiled = torch.compile(window_attention, backend="inductor" if HAS_GPU else "aot_eager", fullgraph=True)
-    output = compiled("triton_window", *inputs, plan)
+    output = compiled("triton_window", *inputs, VisibleLayout(plan, None))
     gradients = torch.autograd.grad(output.square().sum(), inputs)
-    plain = window_attention("triton_window", *inputs, plan)
+    plain = window_attention("triton_window", *inputs, VisibleLayout(plan, None))
     expected = torch.autograd.grad(plain.square().sum(), inputs)
     assert_close([output, *gradients], [plain, *expected], 1e-5)
 
@@ -248,7 +249,7 @@ def test_triton_refuses_what_it_cannot(channels, dtype):
     with pytest.raises(
         ValueError, match="Triton kernels take float32, float16 or bfloat16 on CUDA and heads of at most"
     ):
-        window_attention("triton_window", tokens, tokens, tokens, table, plan)
+        window_attention("triton_window", tokens, tokens, tokens, table, VisibleLayout(plan, None))
 
 
 @runs_kernels
@@ -259,7 +260,7 @@ def test_triton_refuses_a_plan_of_other_tokens():
     fewer = [tensor[:, 1:] for tensor in (query, key, value)]
     for wrong in ((*fewer, table), (query, key[:1], value, table), (query, key, value, table[1:])):
         with pytest.raises(ValueError, match=r"do not fit a plan of \d+ tokens and \d+ rows"):
-            window_attention("triton_window", *wrong, plan)
+            window_attention("triton_window", *wrong, VisibleLayout(plan, None))
 
 
 @not_interpreted
@@ -272,8 +273,8 @@ def test_flex_attention_equals_the_plain_path(case):
         assert_close(values_and_gradients("flex_attention", inputs, plan), expected, 1e-5)
     elif not HAS_GPU:  # torch has no gradients of it on a CPU
         inputs = [tensor.detach() for tensor in inputs]
-        expected = window_attention("eager", *(tensor.double() for tensor in inputs), plan)
-        assert_close([window_attention("flex_attention", *inputs, plan)], [expected], 1e-5)
+        expected = window_attention("eager", *(tensor.double() for tensor in inputs), VisibleLayout(plan, None))
+        assert_close([window_attention("flex_attention", *inputs, VisibleLayout(plan, None))], [expected], 1e-5)
 
 
 @not_interpreted
@@ -281,14 +282,14 @@ def test_flex_attention_equals_the_plain_path(case):
 def test_sdpa_equals_the_plain_path(case):
     plan = case.plan()
     inputs = [tensor.detach() for tensor in case.inputs(plan)]
-    expected = window_attention("eager", *inputs, plan)
-    assert_close([window_attention("sdpa", *inputs, plan)], [expected], 1e-5)
+    expected = window_attention("eager", *inputs, VisibleLayout(plan, None))
+    assert_close([window_attention("sdpa", *inputs, VisibleLayout(plan, None))], [expected], 1e-5)
 
 
 def test_an_unknown_implementation_is_named():
     plan = CASES["tokens as they stand"].plan()
     with pytest.raises(ValueError, match="implementation 'nonsense' must be one of"):
-        window_attention("nonsense", *CASES["tokens as they stand"].inputs(plan), plan)
+        window_attention("nonsense", *CASES["tokens as they stand"].inputs(plan), VisibleLayout(plan, None))
 
 
 @needs_gpu
@@ -302,7 +303,7 @@ def test_nothing_waits_for_the_gpu(implementation):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        torch.autograd.grad(window_attention(implementation, *inputs, plan), inputs, weights)
+        torch.autograd.grad(window_attention(implementation, *inputs, VisibleLayout(plan, None)), inputs, weights)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -6,6 +6,7 @@ import io
 import math
 import pickle
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -278,6 +279,68 @@ def test_activations_of_mlps_are_not_kept_for_backward(kind):
     assert not kept
     output.logits.square().sum().backward()  # called again for their gradients
     assert len(activated) == 2 * len(activations)
+
+
+@pytest.mark.parametrize("owner", ["gradient checkpointing", "hooks of the user", "torch.compile"])
+def test_what_is_kept_is_left_to_who_decides_it_already(owner, monkeypatch):
+    asked, hooks = [], torch.autograd.graph.saved_tensors_hooks
+    monkeypatch.setattr(modeling, "weakref", SimpleNamespace(ref=asked.append))  # the first thing the context does
+    model = make("pretraining").train()
+    arguments = inputs("pretraining", "shared")
+    if owner == "gradient checkpointing":
+        model.gradient_checkpointing_enable()
+        model(**arguments).loss.backward()
+    elif owner == "hooks of the user":
+        with hooks(lambda tensor: tensor, lambda tensor: tensor):
+            model(**arguments).loss.backward()
+    else:
+        torch.compile(model, backend="eager")(**arguments).loss.backward()
+    assert not asked
+
+
+@pytest.mark.parametrize("hidden_act", ["relu", "silu", "gelu_new"])
+def test_other_activations_are_kept_as_torch_does(hidden_act):
+    model = make("pretraining", hidden_act=hidden_act).train()
+    calls = []
+    for module in model.modules():
+        if type(module) is type(model.decoder.layers[0].activation):
+            module.register_forward_hook(lambda *_: calls.append(1))
+    loss = model(**inputs("pretraining", "shared")).loss
+    forward_calls = len(calls)
+    loss.backward()
+    assert len(calls) == forward_calls
+
+
+def test_a_layer_may_keep_the_activation_in_another_shape():
+    source = torch.randn(2, 6, 8, generator=seeded(), dtype=torch.float64).requires_grad_()
+    gelu = make("pretraining").decoder.layers[0].activation
+    convolution = nn.Conv1d(8, 3, 1).double()
+
+    def gradient(context) -> torch.Tensor:
+        activated = gelu(source)
+        with context(activated, gelu, source):
+            output = convolution(activated.transpose(1, 2)) + activated.chunk(2)[0].square().sum()
+        return torch.autograd.grad(output.square().sum(), source)[0]
+
+    expected = gradient(lambda *_: contextlib.nullcontext())
+    assert torch.equal(gradient(modeling.recomputed_in_backward), expected)
+
+
+@pytest.mark.parametrize("kind", [None, "per_image"])
+def test_functional_gradients(kind):
+    model = make("pretraining" if kind else "classifier").train()
+    arguments = inputs("pretraining" if kind else "classifier", kind)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters):
+        output = torch.func.functional_call(model, parameters, (), arguments)
+        return output.logits.square().sum()
+
+    expected = torch.autograd.grad(loss(parameters), list(parameters.values()), allow_unused=True)
+    actual = torch.func.grad(loss)(parameters)
+    for value, name in zip(expected, parameters, strict=True):
+        if value is not None:
+            torch.testing.assert_close(actual[name], value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

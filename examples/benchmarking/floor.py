@@ -1,7 +1,9 @@
 """How far a step is from its floor, and where its time goes.
 
 The floor is the time of all matrix products of the step, each at the rate that its shapes reach alone, and of the
-optimizer. Rounds hold one step, the optimizer and every product once, so that a drift of the machine cancels.
+optimizer. Rounds hold one step, the optimizer and every product once, so that a drift of the machine cancels. Operands
+come from memory, while some of a step's were just written and are in a cache still: the floor is a little high. All
+steps draw the same masks, so that their products have the same shapes.
 """
 
 import argparse

@@ -82,6 +82,8 @@ class WorkerProcess:
         line = self._process.stdout.readline()
         if not line:
             raise WorkerFailed(self._reason_of_end())
+        if not line.endswith("\n"):  # it ended while it wrote
+            raise WorkerFailed(self._reason_of_end())
         reply = json.loads(line)
         if "error" in reply:
             raise WorkerFailed(reply["error"])

@@ -69,6 +69,14 @@ def json_file(text: str) -> Path:
     path = Path(text)
     if path.suffix != ".json" or path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} must be the name of a file that ends in .json")
+    try:  # now, not after hours of measuring
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {error.strerror}") from error
+    if not path.stat().st_size:
+        path.unlink()
     return path
 
 

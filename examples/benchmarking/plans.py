@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarking.contenders import SWIN_VARIANTS
-from benchmarking.options import add_common, choose_batch, list_of, positive_int, set_defaults
+from benchmarking.options import WrongInput, add_common, choose_batch, list_of, positive_int, set_defaults
 from benchmarking.part import Part
 from benchmarking.plots import draw_plans
 from benchmarking.report import Row, print_table
@@ -46,6 +46,19 @@ def time_plans(
     return times[1:]
 
 
+def check_group_sizes(arguments: argparse.Namespace) -> None:
+    """Raise `WrongInput` for a group size that a model does not take."""
+    from green_swin_hf import GreenSwinConfig, SparseGeometry, build_sparse_plan, sample_masks
+
+    for variant, size, group_size in product(arguments.variants, arguments.sizes, arguments.group_sizes):
+        try:
+            config = GreenSwinConfig(**SWIN_VARIANTS[variant], image_size=size, group_size=group_size)
+            geometry = SparseGeometry.from_config(config)
+            build_sparse_plan(sample_masks(1, geometry.unit_grid_size, arguments.mask_ratio), geometry)
+        except ValueError as error:
+            raise WrongInput(f"--group-sizes: {error}") from error
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
@@ -53,6 +66,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     repeats = arguments.repeats or (3 if arguments.quick else 50)
+    check_group_sizes(arguments)
     rows: list[Row] = []
     raw = []
     grid = list(product(arguments.variants, arguments.group_sizes, arguments.sizes, arguments.masks))

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "_scaled_mm", "linear", "convolution", "convolution_backward"}
 PRODUCTS |= {"mkldnn_linear", "mkldnn_linear_backward_input", "mkldnn_linear_backward_weights", "_addmm_activation"}
 ATTENTION_KERNELS = ("_scaled_dot_product", "_flash_attention", "_efficient_attention")
-LEAST_POOL_BYTES = 128 * 2**20  # well above a cache, so that operands come from memory
+LEAST_POOL_BYTES = 128 * 2**20  # more than the caches of most machines, so that operands come from memory
 
 
 @dataclass(frozen=True)
