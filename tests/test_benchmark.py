@@ -331,7 +331,7 @@ class TestParts:
         dense, visible = setting["rows"]
         assert dense["recompilations"] == 0
         assert dense["graphs"] >= 1
-        assert visible["over_masks"] == 2 + 4
+        assert visible["over_masks"] == 2 * 2 + 4
 
     def test_everything_one_after_another(self, tmp_path, monkeypatch, capsys):
         asked = []

@@ -44,17 +44,19 @@ class Session:
         return self.step_once.describe()
 
     def step(self) -> dict[str, Any]:
-        """One timed step.
+        """One timed step behind one that is not, as steps of a training follow each other.
 
-        On a GPU the processes share its memory: each gives its own back after its step, so that an untimed step has
-        to come first and fetch it again.
+        While the others had their turn, caches and clock went cold, and memory went back to the system; on a GPU the
+        processes share its memory, and each gives its own back after its turn.
         """
-        if not self.use_cuda:
-            return self.step_once()
-        self.step_once()
-        timing = self.step_once()
-        self._release()
+        timing = self._step_twice()
+        if self.use_cuda:
+            self._release()
         return timing
+
+    def _step_twice(self) -> dict[str, Any]:
+        first = self.step_once()
+        return {**self.step_once(), "untimed_seconds": first["seconds"]}
 
     def _release(self) -> None:
         self.step_once.clear_gradients()
@@ -90,10 +92,8 @@ class Session:
 
     def floor_round(self) -> dict[str, Any]:
         """One step, the optimizer alone, and every product once: seconds of each."""
+        timing = self._step_twice()
         step = self.step_once
-        if self.use_cuda:
-            step()
-        timing: dict[str, Any] = step()
         assert self.pool is not None
         repeats = 10 if self.use_cuda else 2
         times = [time_product(product, self.pool, repeats, step.synchronize) for product in self.products]
