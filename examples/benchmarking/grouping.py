@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from benchmarking.options import MASK_UNIT_SIZE, WrongInput, add_output, image_size, mask_ratio, positive_int
+from benchmarking.options import MASK_UNIT_SIZE, WrongInput, add_output, image_size, positive_int, ratio
 from benchmarking.part import Part
 from benchmarking.report import Row, print_table
 from green_swin_hf.window_grouping import WindowGrouping, choose_grouping, solve_grouping
@@ -264,7 +264,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[Row]]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--masks", type=positive_int, default=200, help="random masks (default: 200)")
     parser.add_argument("--image-size", type=image_size, default=224, help="pixels (default: 224)")
-    parser.add_argument("--mask-ratio", type=mask_ratio, default=0.75, help="default: 0.75")
+    parser.add_argument(
+        "--mask-ratio", type=functools.partial(ratio, with_zero=True), default=0.75, help="default: 0.75"
+    )
     parser.add_argument("--images-in-pool", type=positive_int, default=64, help="default: 64")
     parser.add_argument("--embed-dim", type=positive_int, default=128, help="channels of stage 1")
     parser.add_argument("--seed", type=int, default=0, help="of the masks (default: 0)")

@@ -45,24 +45,16 @@ def masked_image_size(text: str) -> int:
     return size
 
 
-def mask_ratio(text: str) -> float:
+def ratio(text: str, with_zero: bool = False) -> float:
+    """A share of masked units; 0 only where nothing has to be masked."""
     try:
-        ratio = float(text)
+        value = float(text)
     except ValueError:
-        ratio = -1.0
-    if not 0 <= ratio < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least 0 and below 1")
-    return ratio
-
-
-def positive_ratio(text: str) -> float:
-    try:
-        ratio = float(text)
-    except ValueError:
-        ratio = 0.0
-    if not 0 < ratio < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0 and below 1")
-    return ratio
+        value = -1.0
+    if not (0 <= value < 1 if with_zero else 0 < value < 1):
+        least = "of at least 0" if with_zero else "above 0"
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number {least} and below 1")
+    return value
 
 
 def json_file(text: str) -> Path:
@@ -125,7 +117,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     )
     masks = list_of(one_of("shared", "per-image"))
     parser.add_argument("--masks", type=masks, help="of GreenSwin (default: shared,per-image)")
-    parser.add_argument("--mask-ratio", type=positive_ratio, default=0.75, help="default: 0.75")
+    parser.add_argument("--mask-ratio", type=ratio, default=0.75, help="default: 0.75")
     parser.add_argument("--batch", type=positive_int, help="images of a step (default: by variant, size and device)")
     parser.add_argument("--rounds", type=positive_int, help="timed steps of each contender (default: 7)")
     parser.add_argument("--warmup", type=positive_int, help="untimed steps before them (default: 2)")
