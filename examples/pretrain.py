@@ -1,7 +1,7 @@
 """Pretrain GreenSwin by masked image modeling.
 
     accelerate launch examples/pretrain.py                     # embedded data, minutes on a bare CPU
-    accelerate launch examples/pretrain.py --recipe examples/recipes/swin_base_window7.yaml --data my/images
+    accelerate launch examples/pretrain.py --recipe examples/recipes/pretraining/swin_base_window7.yaml --data my/images
     accelerate launch examples/pretrain.py --output-dir outputs/pretrain --resume auto
 
 Every key of a recipe is a flag as well. Exit codes: 0 done, 1 failed while training, 2 wrong input, nothing written.
@@ -59,7 +59,8 @@ from green_swin_hf.data import (
 )
 from green_swin_hf.hub_upload import prepare_upload, upload_files
 from green_swin_hf.optimization import build_optimizer, cosine_schedule, native_bf16, scaled_learning_rate
-from green_swin_hf.recipes import Recipe, add_recipe_flags, flag_overrides, load_recipe, save_recipe
+from green_swin_hf.pretraining_recipe import PretrainingRecipe
+from green_swin_hf.recipe_files import add_recipe_flags, flag_overrides, load_recipe, save_recipe
 from green_swin_hf.sparse_plan import num_masked_units
 from green_swin_hf.training import (
     DivergenceError,
@@ -81,7 +82,7 @@ from green_swin_hf.training import (
     unused_folder,
 )
 
-DEFAULT_RECIPE = Path(__file__).resolve().parent / "recipes" / "fashion_mnist_tiny.yaml"
+DEFAULT_RECIPE = Path(__file__).resolve().parent / "recipes" / "pretraining" / "fashion_mnist_tiny.yaml"
 DEFAULT_OUTPUT = Path("outputs/pretrain")
 NUM_PICTURES = 12
 
@@ -90,7 +91,7 @@ NUM_PICTURES = 12
 class Run:
     """What the steps of a run share."""
 
-    recipe: Recipe
+    recipe: PretrainingRecipe
     output: Path
     accelerator: Accelerator
     processor: ViTImageProcessor
@@ -236,7 +237,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     parser.add_argument("--push-to-hub", action="store_true", help="upload the results (to a private repository)")
     parser.add_argument("--hub-model-id", metavar="NAME", help="repository (default: name of the output folder)")
     parser.add_argument("--hub-public", action="store_true", help="make a new repository public")
-    add_recipe_flags(parser.add_argument_group("keys of the recipe"))
+    add_recipe_flags(parser.add_argument_group("keys of the recipe"), PretrainingRecipe)
     arguments = parser.parse_args(argv)
     if arguments.resume and arguments.init_from:
         raise ValueError("--resume goes on with a run, --init-from starts another one: give one of them")
@@ -285,16 +286,16 @@ def newest_default_output() -> Path:
     return DEFAULT_OUTPUT if number < 2 else DEFAULT_OUTPUT.with_name(f"{DEFAULT_OUTPUT.name}-{number}")
 
 
-def read_recipe(arguments: Namespace, output: Path, resumed: dict[str, Any] | None) -> Recipe:
+def read_recipe(arguments: Namespace, output: Path, resumed: dict[str, Any] | None) -> PretrainingRecipe:
     """The recipe file (of a resumed run: its own settings) with the flags on top."""
     of_the_run = output / "recipe.yaml"
     if resumed and not arguments.recipe:
-        recipe = Recipe().replace(**resumed["recipe"])
+        recipe = PretrainingRecipe().replace(**resumed["recipe"])
     elif arguments.resume and not arguments.recipe and of_the_run.is_file():  # it has no checkpoint yet
-        recipe = load_recipe(of_the_run)
+        recipe = load_recipe(of_the_run, PretrainingRecipe)
     else:
-        recipe = load_recipe(arguments.recipe or DEFAULT_RECIPE)
-    flags = flag_overrides(arguments)
+        recipe = load_recipe(arguments.recipe or DEFAULT_RECIPE, PretrainingRecipe)
+    flags = flag_overrides(arguments, PretrainingRecipe)
     recipe = recipe.replace(**flags) if resumed else recipe.with_flags(flags)
     if not recipe.data:
         raise ValueError("no data given; name a folder of images or a data set with --data")
@@ -303,7 +304,7 @@ def read_recipe(arguments: Namespace, output: Path, resumed: dict[str, Any] | No
 
 
 def build_accelerator(
-    recipe: Recipe, arguments: Namespace, output: Path, resumed: dict[str, Any] | None
+    recipe: PretrainingRecipe, arguments: Namespace, output: Path, resumed: dict[str, Any] | None
 ) -> Accelerator:
     check_tracker(arguments.report_to)
     device = process_state().device
@@ -342,7 +343,7 @@ def process_state() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
-def count_run(recipe: Recipe, source: ImageSource, num_processes: int) -> tuple[int | None, int]:
+def count_run(recipe: PretrainingRecipe, source: ImageSource, num_processes: int) -> tuple[int | None, int]:
     """Updates of an epoch (None: not known of a stream) and of the run."""
     if source.num_images is None:
         if recipe.max_steps is None:
@@ -353,18 +354,20 @@ def count_run(recipe: Recipe, source: ImageSource, num_processes: int) -> tuple[
     return updates_per_epoch, recipe.max_steps or max(1, round(recipe.epochs * updates_per_epoch))
 
 
-def count_warmup(recipe: Recipe, updates_per_epoch: int | None, total_updates: int) -> int:
+def count_warmup(recipe: PretrainingRecipe, updates_per_epoch: int | None, total_updates: int) -> int:
     """Updates of warm-up; its share of the run where an epoch has no known length or --max-steps ends before it."""
     share = round(total_updates * recipe.warmup_epochs / recipe.epochs)
     warmup = round(recipe.warmup_epochs * updates_per_epoch) if updates_per_epoch else share
     return warmup if warmup < total_updates else share
 
 
-def refuse_changes(resumed: dict[str, Any] | None, recipe: Recipe, source: ImageSource, num_processes: int) -> None:
+def refuse_changes(
+    resumed: dict[str, Any] | None, recipe: PretrainingRecipe, source: ImageSource, num_processes: int
+) -> None:
     """Raise a `ValueError` when a run would go on with settings that make it another run."""
     if not resumed:
         return
-    changes = Recipe().replace(**resumed["recipe"]).differences(recipe)
+    changes = PretrainingRecipe().replace(**resumed["recipe"]).differences(recipe)
     for name, now in (("num_processes", num_processes), ("num_images", source.num_images)):
         if resumed[name] != now:
             changes[name] = (resumed[name], now)
@@ -395,7 +398,7 @@ def open_hub(arguments: Namespace, output: Path, accelerator: Accelerator) -> st
 # Data
 
 
-def open_data(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
+def open_data(recipe: PretrainingRecipe) -> tuple[ImageSource, ImageSource | None]:
     """Images to train on and images to measure on (None: none can be spared)."""
     open_split = functools.partial(
         load_images,
@@ -412,7 +415,9 @@ def open_data(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
     return (source, None) if recipe.streaming else hold_out(source, recipe.validation_images, recipe.seed)
 
 
-def build_transforms(recipe: Recipe, config: GreenSwinConfig) -> tuple[PretrainingTransform, EvaluationTransform]:
+def build_transforms(
+    recipe: PretrainingRecipe, config: GreenSwinConfig
+) -> tuple[PretrainingTransform, EvaluationTransform]:
     size = as_pair(config.image_size)
     shared: dict[str, Any] = {
         "num_channels": recipe.num_channels,
@@ -425,7 +430,7 @@ def build_transforms(recipe: Recipe, config: GreenSwinConfig) -> tuple[Pretraini
     return training, EvaluationTransform(size, **shared)
 
 
-def build_collator(recipe: Recipe, config: GreenSwinConfig) -> MaskedImageCollator:
+def build_collator(recipe: PretrainingRecipe, config: GreenSwinConfig) -> MaskedImageCollator:
     multiple = mask_unit_multiple(recipe.mask_unit_size or config.mask_unit_size, config.mask_unit_size)
     geometry = SparseGeometry.from_config(config)
     sharing = cast("Literal['image', 'batch']", recipe.mask_sharing)
@@ -463,7 +468,7 @@ def build_loader(
     return DataLoader(images, batch_sampler=batches, num_workers=recipe.workers, **shared)
 
 
-def build_processor(recipe: Recipe, config: GreenSwinConfig) -> ViTImageProcessor:
+def build_processor(recipe: PretrainingRecipe, config: GreenSwinConfig) -> ViTImageProcessor:
     """What prepares images for the finished model as `EvaluationTransform` does here."""
     height, width = as_pair(config.image_size)
     return ViTImageProcessor(

@@ -151,7 +151,7 @@ def test_the_processor_prepares_images_as_validation_does(grey_images, tmp_path)
     uint8 = torch.frombuffer(bytearray(image.convert("L").tobytes()), dtype=torch.uint8).view(1, 28, 28)
     pixels = processor(image, return_tensors="pt").pixel_values[0]
     expected = transform(uint8) * 0.5 + 0.5
-    recipe = pretrain.load_recipe(tmp_path / "run" / "recipe.yaml")
+    recipe = pretrain.load_recipe(tmp_path / "run" / "recipe.yaml", pretrain.PretrainingRecipe)
     torch.testing.assert_close(pixels * recipe.pixel_std[0] + recipe.pixel_mean[0], expected, atol=1 / 254, rtol=0)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from green_swin_hf import GreenSwinForMaskedImageModeling
-from green_swin_hf.recipes import load_recipe
+from green_swin_hf.pretraining_recipe import PretrainingRecipe
+from green_swin_hf.recipe_files import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -15,7 +16,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 @pytest.fixture
 def pretrained(tmp_path, monkeypatch):
     """The working directory after the default run, as far as the README uses it."""
-    config = load_recipe(ROOT / "examples" / "recipes" / "fashion_mnist_tiny.yaml").model_config()
+    config = load_recipe(
+        ROOT / "examples" / "recipes" / "pretraining" / "fashion_mnist_tiny.yaml", PretrainingRecipe
+    ).model_config()
     GreenSwinForMaskedImageModeling(config).save_pretrained(tmp_path / "outputs" / "pretrain")
     monkeypatch.chdir(tmp_path)
 
@@ -37,5 +40,5 @@ def test_what_it_names_exists():
     for path in re.findall(r"(?:examples|tests)/[\w./-]*\w", README):
         assert (ROOT / path).exists(), path
     rows = re.findall(r"^\| `(\w+\.yaml)`", README, flags=re.MULTILINE)
-    assert sorted(rows) == sorted(path.name for path in (ROOT / "examples" / "recipes").glob("*.yaml"))
+    assert sorted(rows) == sorted(path.name for path in (ROOT / "examples" / "recipes" / "pretraining").glob("*.yaml"))
     assert "@@" not in README

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from green_swin_hf.recipes import Recipe, add_recipe_flags, flag_overrides, load_recipe, save_recipe
+from green_swin_hf.pretraining_recipe import PretrainingRecipe
+from green_swin_hf.recipe_files import add_recipe_flags, flag_overrides, load_recipe, save_recipe
 
-RECIPES = Path(__file__).resolve().parents[1] / "examples" / "recipes"
+RECIPES = Path(__file__).resolve().parents[1] / "examples" / "recipes" / "pretraining"
 
 
 def write(folder, text):
@@ -19,8 +20,8 @@ def write(folder, text):
 
 def parse(*flags):
     parser = argparse.ArgumentParser()
-    add_recipe_flags(parser)
-    return flag_overrides(parser.parse_args([str(flag) for flag in flags]))
+    add_recipe_flags(parser, PretrainingRecipe)
+    return flag_overrides(parser.parse_args([str(flag) for flag in flags]), PretrainingRecipe)
 
 
 WRONG = {
@@ -58,7 +59,7 @@ WRONG = {
 def test_a_wrong_recipe_is_refused_in_one_line_that_names_the_file(tmp_path, text, message):
     path = write(tmp_path, text)
     with pytest.raises(ValueError, match="recipe") as caught:
-        load_recipe(path)
+        load_recipe(path, PretrainingRecipe)
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -66,11 +67,13 @@ def test_a_wrong_recipe_is_refused_in_one_line_that_names_the_file(tmp_path, tex
 
 def test_a_missing_recipe_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"none\.yaml is not a file"):
-        load_recipe(tmp_path / "none.yaml")
+        load_recipe(tmp_path / "none.yaml", PretrainingRecipe)
 
 
 def test_values_get_the_type_of_their_field(tmp_path):
-    recipe = load_recipe(write(tmp_path, "learning_rate: 1e-4\nepochs: 3\nimage_size: [64, 96]\ngroup_size: 64"))
+    recipe = load_recipe(
+        write(tmp_path, "learning_rate: 1e-4\nepochs: 3\nimage_size: [64, 96]\ngroup_size: 64"), PretrainingRecipe
+    )
     assert recipe.learning_rate == 1e-4  # text to YAML
     assert isinstance(recipe.epochs, float)
     assert recipe.image_size == (64, 96)
@@ -81,19 +84,19 @@ def test_values_get_the_type_of_their_field(tmp_path):
 def test_every_key_has_a_flag_and_flags_win():
     changes = parse("--mask-ratio", 0.6, "--depths", 2, 2, "--no-flip", "--image-size", 64, "--data", "x", "--seed", 3)
     assert changes.keys() == {"mask_ratio", "depths", "flip", "image_size", "data", "seed"}
-    recipe = Recipe().with_flags(changes)
+    recipe = PretrainingRecipe().with_flags(changes)
     assert (recipe.mask_ratio, recipe.depths, recipe.flip) == (0.6, (2, 2), False)
     assert (recipe.image_size, recipe.data, recipe.seed) == (64, "x", 3)
     assert parse("--image-size", 64, 96) == {"image_size": ["64", "96"]}
-    assert Recipe().replace(depths=["2"]).depths == (2,)
+    assert PretrainingRecipe().replace(depths=["2"]).depths == (2,)
     parser = argparse.ArgumentParser()
-    add_recipe_flags(parser)
+    add_recipe_flags(parser, PretrainingRecipe)
     flags = {action.dest for action in parser._actions} - {"help"}
-    assert flags == {field.name for field in dataclasses.fields(Recipe)}
+    assert flags == {field.name for field in dataclasses.fields(PretrainingRecipe)}
 
 
 def test_other_data_drops_what_was_said_about_the_former():
-    recipe = Recipe(
+    recipe = PretrainingRecipe(
         data="a", split="training", validation_split="test", image_column="png", num_channels=1, mean=(0.3,)
     )
     changed = recipe.with_flags({"data": "b", "image_column": "jpg"})
@@ -104,19 +107,21 @@ def test_other_data_drops_what_was_said_about_the_former():
 
 def test_local_data_is_meant_from_the_file_and_a_saved_recipe_is_the_same(tmp_path):
     (tmp_path / "images").mkdir()
-    recipe = load_recipe(write(tmp_path, "data: images\ndepths: [1, 2]\nnum_heads: [1, 2]\nepochs: 2"))
+    recipe = load_recipe(
+        write(tmp_path, "data: images\ndepths: [1, 2]\nnum_heads: [1, 2]\nepochs: 2"), PretrainingRecipe
+    )
     assert recipe.data == str(tmp_path / "images")
     elsewhere = tmp_path / "outputs" / "run" / "recipe.yaml"
     elsewhere.parent.mkdir(parents=True)
     save_recipe(recipe, elsewhere)
     assert "data: ../../images" in elsewhere.read_text()
-    assert load_recipe(elsewhere) == recipe
-    assert Recipe().replace(**recipe.to_dict()) == recipe
-    assert load_recipe(write(tmp_path, "data: someone/dataset")).data == "someone/dataset"
+    assert load_recipe(elsewhere, PretrainingRecipe) == recipe
+    assert PretrainingRecipe().replace(**recipe.to_dict()) == recipe
+    assert load_recipe(write(tmp_path, "data: someone/dataset"), PretrainingRecipe).data == "someone/dataset"
 
 
 def test_differences_are_of_what_is_trained_only():
-    recipe = Recipe()
+    recipe = PretrainingRecipe()
     assert recipe.differences(recipe.replace(workers=4, save_every=1)) == {}
     assert recipe.differences(recipe.replace(seed=1, mask_ratio=0.5)) == {"seed": (0, 1), "mask_ratio": (0.75, 0.5)}
 
@@ -131,7 +136,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_recipes_hold_the_papers_values(name):
-    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    recipe = load_recipe(RECIPES / f"{name}.yaml", PretrainingRecipe)
     config = recipe.model_config()
     found = (config.embed_dim, config.window_size, recipe.learning_rate, config.mask_grid_size)
     assert found == PUBLISHED[name]
@@ -152,12 +157,14 @@ def test_every_recipe_file_loads_and_the_default_has_its_data():
     files = sorted(RECIPES.glob("*.yaml"))
     assert len(files) >= 4
     for path in files:
-        load_recipe(path).model_config()
-    assert Path(load_recipe(RECIPES / "fashion_mnist_tiny.yaml").data).is_dir()
+        load_recipe(path, PretrainingRecipe).model_config()
+    assert Path(load_recipe(RECIPES / "fashion_mnist_tiny.yaml", PretrainingRecipe).data).is_dir()
 
 
 def test_warm_up_keeps_its_share_of_other_epochs(tmp_path):
-    recipe = load_recipe(write(tmp_path, "epochs: 20\nwarmup_epochs: 2"))
+    recipe = load_recipe(write(tmp_path, "epochs: 20\nwarmup_epochs: 2"), PretrainingRecipe)
     assert recipe.with_flags({"epochs": "5"}).warmup_epochs == 0.5
     assert recipe.with_flags({"epochs": "5", "warmup_epochs": "1"}).warmup_epochs == 1
-    assert load_recipe(write(tmp_path, "epochs: 3")).warmup_epochs == pytest.approx(0.3)  # a tenth by default
+    assert load_recipe(write(tmp_path, "epochs: 3"), PretrainingRecipe).warmup_epochs == pytest.approx(
+        0.3
+    )  # a tenth by default

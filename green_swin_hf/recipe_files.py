@@ -1,0 +1,249 @@
+"""Settings of a run as a YAML file, as command-line flags, and as one checked value; what kinds of recipes share."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import yaml
+
+RecipeT = TypeVar("RecipeT", bound="RecipeFile")
+
+
+def option(default: Any, description: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": description, "choices": choices})
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """Base of a kind of recipe: a frozen dataclass whose fields are keys of a file and flags.
+
+    A subclass declares its fields with `option` and checks their ranges in `__post_init__`. `image_size` is the flag
+    `--image-size`.
+
+    Attributes:
+        path_keys: fields that may hold a path; a file names them relative to itself.
+        free_on_resume: fields that may differ between a run and its continuation.
+    """
+
+    path_keys: ClassVar[tuple[str, ...]] = ()
+    free_on_resume: ClassVar[tuple[str, ...]] = ()
+
+    def replace(self: RecipeT, **changes: Any) -> RecipeT:
+        """The same recipe with some keys changed; values are checked as those of a file are.
+
+        Raises:
+            ValueError: a key is unknown, or a value has the wrong type or is out of range.
+        """
+        return dataclasses.replace(self, **checked(changes, type(self)))
+
+    def with_flags(self: RecipeT, flags: dict[str, Any]) -> RecipeT:
+        """The recipe with flags on top: `replace`, where a kind of recipe has no keys that depend on others."""
+        return self.replace(**flags)
+
+    def differences(self, other: RecipeFile) -> dict[str, tuple[Any, Any]]:
+        """Keys that change what is trained and differ, each with both values (this recipe's first)."""
+        names = (item.name for item in dataclasses.fields(self) if item.name not in self.free_on_resume)
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Keys and values in the order of the class, sequences as lists, without what is not set."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML whose mappings name no key twice: the standard loader takes the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(problem=f"key {twice!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def load_recipe(path: str | os.PathLike[str], kind: type[RecipeT]) -> RecipeT:
+    """Read a recipe file of a kind. A relative path in `path_keys` that exists beside the file is meant from there.
+
+    Raises:
+        ValueError: the file is missing or no YAML mapping, a key is unknown (the closest known one is named), or a
+            value has the wrong type or is out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"recipe {path} is not a file; give the path of a YAML file")
+    try:
+        entries = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if entries is None:
+        raise ValueError(f"recipe {path} is empty; give one with the keys of a run")
+    if not isinstance(entries, dict):
+        raise ValueError(f"recipe {path} must be a mapping of keys to values, not {type(entries).__name__}")
+    try:
+        recipe = kind().with_flags(entries)
+    except ValueError as error:
+        raise ValueError(f"recipe {path}: {error}") from None
+    named = {key: path.parent / getattr(recipe, key) for key in kind.path_keys if getattr(recipe, key)}
+    return recipe.replace(**{key: str(beside.resolve()) for key, beside in named.items() if beside.exists()})
+
+
+def save_recipe(recipe: RecipeFile, path: str | os.PathLike[str]) -> None:
+    """Write a recipe that `load_recipe` reads back as the same one, whole or not at all.
+
+    What is given by an absolute path is named relative to the file.
+    """
+    entries = recipe.to_dict()
+    for key in recipe.path_keys:
+        if Path(entries.get(key, "")).is_absolute():
+            entries[key] = os.path.relpath(entries[key], Path(path).resolve().parent)
+    text = yaml.safe_dump(entries, sort_keys=False, default_flow_style=None, allow_unicode=True)
+    partial = Path(f"{os.fspath(path)}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def add_recipe_flags(parser: argparse._ActionsContainer, kind: type[RecipeFile]) -> None:
+    """Add a flag for every key of a kind of recipe; one that is not given leaves no entry in the parsed arguments."""
+    for item in dataclasses.fields(kind):
+        kinds = _kinds(kind, item.name)
+        options: dict[str, Any] = {
+            "help": item.metadata["help"],
+            "default": argparse.SUPPRESS,
+            "dest": item.name,
+        }
+        if bool in kinds:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            choices = item.metadata["choices"]
+            options["metavar"] = "{" + ",".join(choices) + "}" if choices else "VALUE"
+        if any(typing.get_origin(kind) is tuple for kind in kinds):
+            options["nargs"] = "+"
+        parser.add_argument("--" + item.name.replace("_", "-"), **options)
+
+
+def flag_overrides(arguments: argparse.Namespace, kind: type[RecipeFile]) -> dict[str, Any]:
+    """The recipe keys among parsed arguments, with values as typed (text); `with_flags` checks them."""
+    names = [item.name for item in dataclasses.fields(kind) if hasattr(arguments, item.name)]
+    values = {name: getattr(arguments, name) for name in names}
+    # A flag that takes several values gives a list; a field that takes one or several wants one as such.
+    single = {name for name, value in values.items() if isinstance(value, list) and len(value) == 1}
+    return {name: value[0] if name in single and int in _kinds(kind, name) else value for name, value in values.items()}
+
+
+def _kinds(kind: type[RecipeFile], name: str) -> tuple[Any, ...]:
+    """Types that a field accepts: `int | None` is `(int, NoneType)`."""
+    hint = typing.get_type_hints(kind)[name]
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def checked(entries: dict[str, Any], kind: type[RecipeFile]) -> dict[str, Any]:
+    """The entries, of a file or flags, with every value in its field's type.
+
+    Raises:
+        ValueError: an unknown key, a value of the wrong type, or none of its choices.
+    """
+    known = {item.name: item for item in dataclasses.fields(kind)}
+    for name in entries:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown key {str(name)!r}; the closest valid key is {close!r}")
+    checked = {name: _typed(kind, name, value) for name, value in entries.items()}
+    for name, value in checked.items():
+        choices = known[name].metadata["choices"]
+        if choices and value is not None and value not in choices:
+            raise ValueError(f"{name} {value!r} must be one of {', '.join(choices)}")
+    return checked
+
+
+def _typed(recipe: type[RecipeFile], name: str, value: Any) -> Any:
+    """`value` in the type of field `name`; numbers may come as text, from flags and from YAML's `1e-4`."""
+    for kind in _kinds(recipe, name):
+        converted = _convert(value, kind)
+        if converted is not _NO_MATCH:
+            return converted
+    names = [_KIND_NAMES[kind] for kind in _kinds(recipe, name)]
+    raise ValueError(f"{name} {value!r} must be {' or '.join(names)}")
+
+
+_NO_MATCH = object()
+_KIND_NAMES = {
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    types.NoneType: "null",
+    tuple[int, ...]: "a list of integers",
+    tuple[float, ...]: "a list of numbers",
+    tuple[float, float]: "two numbers",
+}
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple) or not value:
+            return _NO_MATCH
+        kinds = typing.get_args(kind)
+        if kinds[-1] is not Ellipsis and len(value) != len(kinds):
+            return _NO_MATCH
+        items = tuple(_convert(item, kinds[0]) for item in value)
+        return _NO_MATCH if _NO_MATCH in items else items
+    if kind is types.NoneType:
+        return None if value is None else _NO_MATCH
+    if isinstance(value, bool) or kind is bool:
+        return value if isinstance(value, bool) and kind is bool else _NO_MATCH
+    if kind is str:
+        return str(value) if isinstance(value, str | int) else _NO_MATCH
+    return _number(value, kind)
+
+
+def _number(value: Any, kind: type[int] | type[float]) -> Any:
+    if isinstance(value, str):
+        try:
+            return kind(value)
+        except ValueError:
+            return _NO_MATCH
+    if isinstance(value, int) or (isinstance(value, float) and (kind is float or value.is_integer())):
+        return kind(value)
+    return _NO_MATCH
+
+
+def check_finite(recipe: RecipeFile) -> None:
+    """Raise a `ValueError` for a number of the recipe that is infinite or none."""
+    for item in dataclasses.fields(recipe):
+        value = getattr(recipe, item.name)
+        numbers = [number for number in (value if isinstance(value, tuple) else (value,)) if isinstance(number, float)]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"{item.name} {value} must be finite")
+
+
+def check_minima(recipe: RecipeFile, minima: Mapping[str, float]) -> None:
+    """Raise a `ValueError` for a value, where one is set, below its minimum."""
+    for name, minimum in minima.items():
+        value = getattr(recipe, name)
+        if value is not None and not value >= minimum:
+            raise ValueError(f"{name} {value} must be at least {minimum}")
+
+
+__all__ = [
+    "RecipeFile",
+    "add_recipe_flags",
+    "check_finite",
+    "check_minima",
+    "checked",
+    "flag_overrides",
+    "load_recipe",
+    "option",
+    "save_recipe",
+]
