@@ -12,8 +12,8 @@ PROGRAM = """
 import resource, sys, torch
 from green_swin_hf.host_memory import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "keep" else False
-for _ in range(3):
-    torch.ones(2**24)  # 64 MiB, freed at once
+for _ in range(12):
+    torch.ones(2**24)  # 64 MiB, freed at once; their places settle
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):
     torch.ones(2**24)
