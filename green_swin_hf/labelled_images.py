@@ -255,8 +255,8 @@ def _without_unlabelled(values: pa.ChunkedArray, place: str) -> list[Any]:
     unlabelled = [row for row, value in enumerate(listed) if value in (None, "") or value == -1]
     if unlabelled:
         raise ValueError(
-            f"{place} has no class ({listed[unlabelled[0]]!r}) in {len(unlabelled)} of {len(listed)} rows, the first is "
-            f"row {unlabelled[0]}; give a split in which every image has one"
+            f"{place} has no class ({listed[unlabelled[0]]!r}) in {len(unlabelled)} of {len(listed)} rows, the first "
+            f"is row {unlabelled[0]}; give a split in which every image has one"
         )
     negative = next((value for value in listed if not isinstance(value, str) and value < 0), None)
     if negative is not None:
@@ -272,10 +272,11 @@ def _matched(
         return numbers.astype(np.int64), found
     unknown = sorted({found[number] for number in np.unique(numbers)} - set(given))
     if unknown:
+        more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        known = ", ".join(given[:10]) + (", …" if len(given) > 10 else "")
         raise ValueError(
-            f"{place} has the class {unknown[0]!r}{f' (and {len(unknown) - 1} more)' * (len(unknown) > 1)}, which is not "
-            f"among the {len(given)} known ones ({', '.join(given[:10])}{', …' * (len(given) > 10)}); splits and models "
-            "must have the same class names"
+            f"{place} has the class {unknown[0]!r}{more}, which is not among the {len(given)} known ones ({known}); "
+            "splits and models must have the same class names"
         )
     place_of = {name: number for number, name in enumerate(given)}
     mapping = np.array([place_of.get(name, -1) for name in found], dtype=np.int64)
