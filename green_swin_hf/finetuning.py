@@ -65,8 +65,8 @@ def _refuse_other_geometry(folder: str, report: dict[str, Any]) -> None:
     if mismatched:
         name, found, wanted = mismatched[0]
         raise ValueError(
-            f"--model {folder} does not fit: {name} is {list(found)} there and {list(wanted)} here; leave out image_size "
-            "and num_channels, or give those that it was made with"
+            f"--model {folder} does not fit: {name} is {list(found)} there and {list(wanted)} here; leave out "
+            "image_size and num_channels, or give those that it was made with"
         )
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("classifier."))
     if missing:
@@ -98,8 +98,8 @@ def build_classifier(recipe: FinetuningRecipe, class_names: Sequence[str]) -> Gr
         found = getattr(model.config, name)
         if _comparable(found) != _comparable(wanted):
             raise ValueError(
-                f"{name} {_plain(wanted)} is not that of the model {recipe.model}, {_plain(found)}; leave it out (--model "
-                f"as a flag takes everything from the model), or give --model {NO_MODEL} for random weights"
+                f"{name} {_plain(wanted)} is not that of the model {recipe.model}, {_plain(found)}; leave it out "
+                f"(the flag --model takes all sizes from the model), or give --model {NO_MODEL} for random weights"
             )
     return model
 
@@ -136,7 +136,10 @@ class CentralCropTransform(EvaluationTransform):
     def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """[C, H, W] uint8 of any size → [C, rows, columns] float32; `generator` is not used."""
         resized = v2.functional.resize(image, [self.shortest_edge], v2.InterpolationMode.BICUBIC, antialias=True)
-        return self._normalized(v2.functional.center_crop(resized, list(as_pair(self.image_size))))
+        rows, columns = as_pair(self.image_size)
+        # Half a pixel goes to the top and left, as in transformers (torchvision rounds it to even).
+        top, left = (resized.shape[-2] - rows) // 2, (resized.shape[-1] - columns) // 2
+        return self._normalized(resized[:, top : top + rows, left : left + columns])
 
 
 def complete_recipe(recipe: FinetuningRecipe, config: GreenSwinConfig) -> FinetuningRecipe:
@@ -252,6 +255,10 @@ class ClassificationTrainer(Trainer):
         outputs = model(pixel_values=inputs["pixel_values"])
         loss = cross_entropy(outputs.logits.float(), inputs["labels"])
         return (loss, outputs) if return_outputs else loss
+
+    def _get_learning_rate(self) -> float:
+        """That of the head for the log, the highest: with layer-wise decay the first group has the lowest."""
+        return max(self.lr_scheduler.get_last_lr())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
