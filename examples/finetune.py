@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         splits = open_data(recipe)
         names = splits.train.class_names
         set_seed(recipe.seed)
-        model = resumed_model(checkpoint, names) if checkpoint else build_classifier(recipe, names)
+        model: Any = resumed_model(checkpoint, names) if checkpoint else build_classifier(recipe, names)
         recipe = complete_recipe(recipe, model.config)
         training, unchanged = build_transforms(recipe)
         cache = recipe.cache_megabytes * 2**20
@@ -192,7 +192,8 @@ def find_run(arguments: Namespace) -> tuple[Path, Path | None]:
 
 def find_checkpoint(arguments: Namespace) -> tuple[Path, Path]:
     """The folder of the run to go on with and its checkpoint."""
-    path = (arguments.output_dir or DEFAULT_OUTPUT) if arguments.resume == "auto" else Path(arguments.resume)
+    is_auto = arguments.resume == "auto"
+    path = (arguments.output_dir or newest_default_output()) if is_auto else Path(arguments.resume)
     if not path.is_dir():
         raise ValueError(f"--resume: {path} is no folder; give a checkpoint or a run's output folder")
     if path.name.startswith("checkpoint-"):
@@ -203,6 +204,12 @@ def find_checkpoint(arguments: Namespace) -> tuple[Path, Path]:
     if checkpoint is None:
         raise ValueError(f"--resume: {path} holds no whole checkpoint; start a new run with another --output-dir")
     return path, checkpoint
+
+
+def newest_default_output() -> Path:
+    """The default output folder with the highest number."""
+    number = int(unused_folder(DEFAULT_OUTPUT).name.removeprefix(DEFAULT_OUTPUT.name).removeprefix("-") or 1) - 1
+    return DEFAULT_OUTPUT if number < 2 else DEFAULT_OUTPUT.with_name(f"{DEFAULT_OUTPUT.name}-{number}")
 
 
 def read_recipe(arguments: Namespace, output: Path, checkpoint: Path | None) -> FinetuningRecipe:
@@ -347,17 +354,23 @@ def open_hub(arguments: Namespace, output: Path, state: PartialState) -> str | N
 
 def open_data(recipe: FinetuningRecipe) -> Splits:
     """The splits, with the classes of the one to train on; of that only as many images as the recipe allows."""
-    columns = {"image_column": recipe.image_column, "label_column": recipe.label_column, "subset": recipe.subset}
-    open_split = functools.partial(load_labelled_images, recipe.data, **columns)
+    open_split = functools.partial(
+        load_labelled_images,
+        recipe.data,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
+        subset=recipe.subset,
+    )
     train = open_split(split=recipe.split)
     names = train.class_names
     if len(names) < 2:
         raise ValueError(f"data set {recipe.data!r} has the class {names[0]!r} only; a classifier needs two or more")
+    validation: LabelledImages | None
     if recipe.validation_split:
         validation, validated_on = open_split(split=recipe.validation_split, class_names=names), recipe.validation_split
     else:
-        train, held = split_off(train, recipe.validation_share, recipe.seed)
-        validation, validated_on = held, f"held out of {recipe.split}"
+        train, validation = split_off(train, recipe.validation_share, recipe.seed)
+        validated_on = f"held out of {recipe.split}"
     test = open_split(split=recipe.test_split, class_names=names) if recipe.test_split else None
     if recipe.label_limit is not None:
         train = train.select(label_budget(train.labels, recipe.label_limit, recipe.seed))
@@ -423,9 +436,9 @@ def measure(trainer: ClassificationTrainer, dataset: LabelledDataset | None) -> 
     """Loss and accuracies on a split, and its first rows of logits."""
     if dataset is None:
         return None
-    output = trainer.predict(dataset, metric_key_prefix="")  # type: ignore[arg-type]
-    wanted = {"_loss": "loss", "_top_1_accuracy": "top_1_accuracy", "_top_5_accuracy": "top_5_accuracy"}
-    values = {name: output.metrics[key] for key, name in wanted.items() if key in output.metrics}
+    output = trainer.predict(dataset)  # type: ignore[arg-type]
+    found = {name.removeprefix("test_"): value for name, value in (output.metrics or {}).items()}
+    values = {name: found[name] for name in ("loss", "top_1_accuracy", "top_5_accuracy") if name in found}
     return {"images": len(dataset), **values, "logits": output.predictions}
 
 

@@ -37,8 +37,8 @@ def finetuning_figure(log: Sequence[dict[str, Any]], *, best_epoch: float | None
                 label = f"validation, {name.replace('_', '-')}"
                 lower.plot(epochs, values, style, color=color, markersize=4, label=label)
     if best_epoch is not None:
-        for axes, label in ((upper, None), (lower, "the model that is kept")):
-            axes.axvline(best_epoch, color=_INK, linewidth=0.9, linestyle=":", label=label)
+        for axes in (upper, lower):
+            axes.axvline(best_epoch, color=_INK, linewidth=0.9, linestyle=":", label="the model that is kept")
     upper.set_ylabel("cross entropy")
     lower.set_ylabel("accuracy, %")
     lower.set_xlabel("epoch")

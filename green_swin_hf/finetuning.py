@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
 from torchvision.transforms import v2
@@ -54,8 +54,8 @@ def load_classifier(folder: str, class_names: Sequence[str], **changes: Any) -> 
     model, report = loaded
     _refuse_other_geometry(folder, report)
     if not same_classes:
-        new = GreenSwinForImageClassification(model.config).classifier
-        model.classifier.load_state_dict(new.state_dict())
+        model.classifier = nn.Linear(model.config.hidden_size, len(class_names))
+        model._init_weights(model.classifier)
     return model
 
 
@@ -82,7 +82,8 @@ def class_entries(class_names: Sequence[str]) -> dict[str, Any]:
 
 
 def _class_names(config: GreenSwinConfig) -> tuple[str, ...]:
-    return tuple(config.id2label[index] for index in range(len(config.id2label or {})))
+    names: dict[Any, str] = dict(config.id2label or {})
+    return tuple(names[index] for index in range(len(names)))
 
 
 def build_classifier(recipe: FinetuningRecipe, class_names: Sequence[str]) -> GreenSwinForImageClassification:
@@ -258,7 +259,8 @@ class ClassificationTrainer(Trainer):
 
     def _get_learning_rate(self) -> float:
         """That of the head for the log, the highest: with layer-wise decay the first group has the lowest."""
-        return max(self.lr_scheduler.get_last_lr())
+        scheduler: Any = self.lr_scheduler
+        return max(scheduler.get_last_lr())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
