@@ -172,8 +172,9 @@ def build_transforms(recipe: FinetuningRecipe) -> tuple[FinetuningTransform, Eva
     """(for training, for evaluation) of a complete recipe."""
     size = as_pair(_known(recipe.image_size))
     shared: dict[str, Any] = {"num_channels": recipe.num_channels, "mean": recipe.mean, "std": recipe.std}
-    names = ("crop_scale", "crop_ratio", "rand_augment", "rand_augment_std", "rand_augment_ops", "color_jitter")
-    augmentation = {name: getattr(recipe, name) for name in (*names, "random_erasing")}
+    names = ("crop_scale", "crop_ratio", "rand_augment", "rand_augment_std", "rand_augment_ops")
+    more = ("rand_augment_probability", "color_jitter", "random_erasing")
+    augmentation = {name: getattr(recipe, name) for name in (*names, *more)}
     training = FinetuningTransform(size, flip=0.5 if recipe.flip else 0.0, **augmentation, **shared)
     if recipe.evaluation_crop is None:
         return training, EvaluationTransform(size, **shared)

@@ -60,6 +60,19 @@ def test_strength_grows_with_the_magnitude():
     assert change(1) < change(5) < change(10)
 
 
+def test_each_operation_is_applied_with_its_probability():
+    whole = {**PLAIN, "crop_scale": (1.0, 1.0), "crop_ratio": (1.2, 1.2), "flip": 0.0}
+    plain = FinetuningTransform(**whole)(picture(), seeded_generator(0))
+
+    def unchanged(probability):
+        transform = FinetuningTransform(**whole, rand_augment=9, rand_augment_probability=probability)
+        images = [transform(picture(), seeded_generator(seed)) for seed in range(80)]
+        return sum(torch.equal(image, plain) for image in images) / 80
+
+    assert unchanged(0.0) == 1
+    assert unchanged(1.0) < 0.1 < 0.2 < unchanged(0.5) < 0.5
+
+
 def test_colour_jitter_gives_way_to_rand_augment_and_erasing_fills_a_rectangle_with_noise():
     both = FinetuningTransform(**PLAIN, rand_augment=5, color_jitter=0.4)
     one = FinetuningTransform(**PLAIN, rand_augment=5)
