@@ -1,8 +1,8 @@
 """Judge a folder with a model: a classifier's predictions, or how good an encoder's frozen features are.
 
-    python examples/evaluate.py                                # outputs/pretrain on the embedded data
-    python examples/evaluate.py --model outputs/finetune --output evaluation.json
-    python examples/evaluate.py --model path/to/model --data my/images --split validation --judge both
+    python examples/evaluate_model.py                          # outputs/pretrain on the embedded data
+    python examples/evaluate_model.py --model outputs/finetune --output evaluation.json
+    python examples/evaluate_model.py --model path/to/model --data my/images --split validation --judge both
 
 A classifier gets top-1, top-5, loss and a table by class. Frozen features of any folder are judged by weighted k-NN and
 a linear probe beside raw pixels and an untrained encoder. Images are prepared by the folder's preprocessor_config.json.
@@ -34,7 +34,6 @@ from green_swin_hf.evaluation import (
     RANDOM_ENCODER,
     RAW_PIXELS,
     FeatureReport,
-    ProcessorTransform,
     class_accuracies,
     is_classifier,
     judge_encoder,
@@ -47,7 +46,7 @@ from green_swin_hf.evaluation import (
     read_config,
 )
 from green_swin_hf.evaluation_recipe import EvaluationRecipe
-from green_swin_hf.feature_probes import FEATURE_KINDS, Accuracy, Judgement, is_among_top
+from green_swin_hf.feature_probes import FEATURE_KINDS, Accuracy, Judgement
 from green_swin_hf.labelled_images import LabelledDataset, LabelledImages, label_budget, load_labelled_images
 from green_swin_hf.recipe_files import add_recipe_flags, flag_overrides, load_recipe
 from green_swin_hf.training import OneLineParser, check_output_folder, one_line_errors
@@ -58,7 +57,7 @@ METRIC = Path(__file__).resolve().parent / "metrics" / "top_k_accuracy"
 
 def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
-    with one_line_errors("evaluate.py"):
+    with one_line_errors("evaluate_model.py"):
         arguments = parse_arguments(argv)
         recipe = read_recipe(arguments)
         if recipe.threads:
@@ -82,7 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     options: dict[str, Any] = {"batch_size": recipe.batch_size, "workers": recipe.workers, "device": device}
     results: dict[str, Any] = {}
     print(f"# {recipe.model} on {len(tested):,} images of {recipe.data}, split {recipe.split}\n")
-    with one_line_errors("evaluate.py"):  # images of a size that the model does not take, or none that is readable
+    with one_line_errors(
+        "evaluate_model.py"
+    ):  # images of a size that the model does not take, or none that is readable
         if classifier is not None:
             results["classifier"] = evaluate_classifier(classifier, LabelledDataset(tested, transform), options)
         if encoder is not None:
@@ -148,7 +149,7 @@ def open_split(
         subset=recipe.subset,
         **({"class_names": names} if names else options),
     )
-    if config and config.num_labels < len(images.class_names):
+    if config and config.num_labels != len(images.class_names):
         raise ValueError(
             f"data set {recipe.data!r} has {len(images.class_names)} classes, {recipe.model} tells {config.num_labels} "
             "apart; give the data that it was trained for, or --judge features"
@@ -165,8 +166,8 @@ def open_training_images(recipe: EvaluationRecipe, class_names: Sequence[str]) -
     rest = [row for row in range(len(bank)) if row not in chosen]
     if len(bank.labels[rest].unique()) < len(bank.labels.unique()):
         raise ValueError(
-            f"{len(bank)} images of split {recipe.train_split!r} are too few to keep some of each class for validation; "
-            "give a --validation-split or more --train-images"
+            f"{len(bank)} images of split {recipe.train_split!r} are too few to set some of each class aside for "
+            "validation; give a --validation-split or more --train-images"
         )
     return bank.select(rest), bank.select(sorted(chosen))
 
@@ -178,30 +179,26 @@ def evaluate_classifier(model: Any, images: LabelledDataset, options: dict[str, 
     """Top-1, top-5, loss and accuracy by class, printed as tables."""
     predicted = predict(model, images, progress="predictions", **options)
     scores, labels = predicted.features["logits"], predicted.labels
-    metric = evaluate.load(str(METRIC))
-    shares = metric.compute(predictions=scores.tolist(), references=labels.tolist())
-    errors = {f"top_{k}": Accuracy.of(is_among_top(scores, labels, k)).standard_error for k in (1, 5)}
+    shares = evaluate.load(str(METRIC)).compute(predictions=scores.numpy(), references=labels.numpy()) or {}
+    accuracies = {name: Accuracy.from_share(share, len(labels)) for name, share in shares.items()}
     loss, loss_error = mean_loss(scores, labels)
-    rows = [[name.replace("_", "-"), f"{shares[name]:.3f} ± {error:.3f}"] for name, error in errors.items()]
+    rows = [[name.replace("_", " "), accuracy] for name, accuracy in accuracies.items()]
     print_table(["measure", "value ± standard error"], [*rows, ["cross-entropy", f"{loss:.3f} ± {loss_error:.3f}"]])
-    names = [*images.class_names, *(f"class {number}" for number in range(len(images.class_names), scores.shape[1]))]
-    classes = class_accuracies(scores, labels, names)
-    print_table(
-        ["class", "images", "accuracy ± standard error", "most often taken for"],
+    classes = class_accuracies(scores, labels, images.class_names)
+    shown = [
         [
-            [
-                row.name,
-                row.accuracy.num_images,
-                row.accuracy,
-                f"{row.mistaken_for} ({row.mistakes})" * bool(row.mistakes),
-            ]
-            for row in classes
-            if row.accuracy
-        ],
-    )
+            row.name,
+            row.accuracy.num_images,
+            row.accuracy,
+            f"{row.mistaken_for} ({row.mistakes})" if row.mistakes else "",
+        ]
+        for row in classes
+        if row.accuracy
+    ]
+    print_table(["class", "images", "accuracy ± standard error", "most often taken for"], shown)
     return {
         "num_images": len(labels),
-        **{name: {"value": shares[name], "standard_error": error} for name, error in errors.items()},
+        **{name: asdict(accuracy) for name, accuracy in accuracies.items()},
         "loss": {"value": loss, "standard_error": loss_error},
         "classes": [asdict(row) for row in classes],
     }

@@ -163,9 +163,11 @@ class Accuracy:
     @classmethod
     def of(cls, is_right: Tensor) -> Accuracy:
         """Of `[N]` bool, True = the image was predicted right."""
-        count = len(is_right)
-        share = is_right.sum().item() / count
-        return cls(share, math.sqrt(share * (1 - share) / count), count)
+        return cls.from_share(is_right.sum().item() / len(is_right), len(is_right))
+
+    @classmethod
+    def from_share(cls, share: float, num_images: int) -> Accuracy:
+        return cls(share, math.sqrt(share * (1 - share) / num_images), num_images)
 
     def __str__(self) -> str:
         return f"{self.value:.3f} ± {self.standard_error:.3f}"
