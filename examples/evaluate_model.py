@@ -81,9 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     options: dict[str, Any] = {"batch_size": recipe.batch_size, "workers": recipe.workers, "device": device}
     results: dict[str, Any] = {}
     print(f"# {recipe.model} on {len(tested):,} images of {recipe.data}, split {recipe.split}\n")
-    with one_line_errors(
-        "evaluate_model.py"
-    ):  # images of a size that the model does not take, or none that is readable
+    with one_line_errors("evaluate_model.py"):  # no image is readable, or has a size that the model takes
         if classifier is not None:
             results["classifier"] = evaluate_classifier(classifier, LabelledDataset(tested, transform), options)
         if encoder is not None:
