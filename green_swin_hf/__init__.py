@@ -39,18 +39,9 @@ def _register_auto_classes() -> None:
     AutoModelForImageClassification.register(GreenSwinConfig, GreenSwinForImageClassification)
     AutoBackbone.register(GreenSwinConfig, GreenSwinBackbone)
     if is_vision_available():  # image processors need Pillow
-        AutoImageProcessor.register(GreenSwinConfig, image_processor_classes=_image_processors())
+        from .image_processing_green_swin import image_processors
 
-
-def _image_processors() -> dict[str, type]:
-    """Those of ViT: resize and normalise."""
-    from transformers import ViTImageProcessorPil
-
-    if not is_torchvision_available():
-        return {"pil": ViTImageProcessorPil}
-    from transformers import ViTImageProcessor
-
-    return {"torchvision": ViTImageProcessor, "pil": ViTImageProcessorPil}
+        AutoImageProcessor.register(GreenSwinConfig, image_processor_classes=image_processors())
 
 
 def _register_weight_names() -> None:
