@@ -30,7 +30,7 @@ from .feature_probes import (
 )
 from .image_decoding import ColorMode
 from .modeling_green_swin import GreenSwinForImageClassification, GreenSwinModel
-from .training import quiet_transformers
+from .training import _quiet_transformers
 
 RAW_PIXELS, RANDOM_ENCODER, MODEL = "raw pixels", "random encoder", "model"
 
@@ -68,7 +68,7 @@ def read_config(folder: str) -> PretrainedConfig:
     if not Path(folder).exists() and (folder.startswith((".", "~", os.sep)) or folder.count("/") > 1):
         raise ValueError(f"model folder {folder} does not exist; give one with a model, or a name on the Hub")
     try:
-        with quiet_transformers():
+        with _quiet_transformers():
             config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # of files, of the network, and of configurations that contradict themselves
         raise ValueError(f"model {folder} cannot be read: {_one_line(error)}") from None
@@ -119,7 +119,7 @@ def load_classifier(folder: str) -> GreenSwinForImageClassification:
 
 def _load(kind: Any, folder: str) -> Any:
     try:
-        with quiet_transformers():
+        with _quiet_transformers():
             model, report = kind.from_pretrained(folder, output_loading_info=True)
     except Exception as error:  # readers of files that are no weights raise what they like
         raise ValueError(f"model {folder} cannot be loaded: {_one_line(error)}") from None
