@@ -71,10 +71,14 @@ def main(argv: list[str] | None = None) -> int:
 
         # Images and models; all that can be wrong with the input shows here
         by_classifier = "classifier" in judged
-        tested = open_split(recipe, recipe.split, recipe.images, config if by_classifier else None)
+        names = model_class_names(config) if by_classifier else None
         bank = validation = None
         if "features" in judged:
-            bank, validation = open_training_images(recipe, tested.class_names)
+            bank, validation = open_training_images(recipe, names)
+            names = bank.class_names
+        tested = open_split(recipe, recipe.split, recipe.images, names)
+        if by_classifier:
+            refuse_other_classes(recipe, tested, config)
         classifier = load_classifier(recipe.model).to(device) if by_classifier else None
         encoder = load_encoder(recipe.model).to(device) if "features" in judged else None
 
@@ -135,31 +139,34 @@ def what_to_judge(recipe: EvaluationRecipe, config: PretrainedConfig) -> tuple[s
 
 
 def open_split(
-    recipe: EvaluationRecipe, split: str, count: int | None, config: PretrainedConfig | None = None, **options: Any
+    recipe: EvaluationRecipe, split: str, count: int | None, class_names: Sequence[str] | None
 ) -> LabelledImages:
-    """A split with its classes: those of the model where its configuration is given, else the data's own."""
-    names = model_class_names(config) if config else None
+    """A split, or a class-balanced subset of it, with the given classes; with the data's own where none are given."""
     images = load_labelled_images(
         recipe.data,
         split=split,
         image_column=recipe.image_column,
         label_column=recipe.label_column,
         subset=recipe.subset,
-        **({"class_names": names} if names else options),
+        class_names=class_names,
     )
-    if config and config.num_labels != len(images.class_names):
+    return images if count is None else images.select(label_budget(images.labels, count, recipe.seed))
+
+
+def refuse_other_classes(recipe: EvaluationRecipe, images: LabelledImages, config: PretrainedConfig) -> None:
+    """Raise a `ValueError` where a model that does not name its classes has not as many as the data."""
+    if config.num_labels != len(images.class_names):
         raise ValueError(
             f"data set {recipe.data!r} has {len(images.class_names)} classes, {recipe.model} tells {config.num_labels} "
             "apart; give the data that it was trained for, or --judge features"
         )
-    return images if count is None else images.select(label_budget(images.labels, count, recipe.seed))
 
 
 def open_training_images(recipe: EvaluationRecipe, class_names: Sequence[str]) -> tuple[LabelledImages, LabelledImages]:
     """(images that teach the probes, images that choose the linear probe's regularisation), no image in both."""
-    bank = open_split(recipe, recipe.train_split, recipe.train_images, class_names=class_names)
+    bank = open_split(recipe, recipe.train_split, recipe.train_images, class_names)
     if recipe.validation_split:
-        return bank, open_split(recipe, recipe.validation_split, None, class_names=class_names)
+        return bank, open_split(recipe, recipe.validation_split, None, bank.class_names)
     chosen = set(label_budget(bank.labels, recipe.validation_share, recipe.seed))
     rest = [row for row in range(len(bank)) if row not in chosen]
     if len(bank.labels[rest].unique()) < len(bank.labels.unique()):

@@ -37,8 +37,8 @@ FEATURE_KINDS = {
 }
 # k-NN as in the self-supervised literature, see `weighted_knn`.
 NEIGHBOURS, TEMPERATURE = 20, 0.07
-# Inverse strengths of L2 regularisation that the linear probe chooses from: half decades.
-INVERSE_STRENGTHS = tuple(10 ** (exponent / 2) for exponent in range(-8, 1))
+# Inverse strengths of L2 regularisation that the linear probe chooses from.
+INVERSE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 PIXELS_AT_MOST = 32
 
 FeatureFunction = Callable[[Tensor], Mapping[str, Tensor]]

@@ -50,7 +50,7 @@ def save(model, folder, channels=1):
 
 
 def small_config(**changes):
-    return tiny_config(num_channels=1, depths=(1, 1, 1), **changes)
+    return tiny_config(**{"num_channels": 1, "depths": (1, 1, 1), **changes})
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,8 @@ def class_names(records):
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory, class_names):
     torch.manual_seed(0)
-    config = small_config(id2label=dict(enumerate(class_names)), label2id={n: i for i, n in enumerate(class_names)})
+    label2id = {name: index for index, name in enumerate(class_names)}
+    config = small_config(num_labels=10, id2label=dict(enumerate(class_names)), label2id=label2id)
     model = GreenSwinForImageClassification(config)
     with torch.no_grad():
         model.classifier.weight.mul_(50)  # predictions that differ
