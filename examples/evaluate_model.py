@@ -52,6 +52,7 @@ from green_swin_hf.recipe_files import add_recipe_flags, flag_overrides, load_re
 from green_swin_hf.training import OneLineParser, check_output_folder, one_line_errors
 
 DEFAULT_RECIPE = Path(__file__).resolve().parent / "recipes" / "evaluation" / "fashion_mnist.yaml"
+SHOWN_CLASSES = 40  # of more, those with the lowest accuracy are printed and drawn; the JSON file has all
 METRIC = Path(__file__).resolve().parent / "metrics" / "top_k_accuracy"
 
 
@@ -189,24 +190,30 @@ def evaluate_classifier(model: Any, images: LabelledDataset, options: dict[str, 
     loss, loss_error = mean_loss(scores, labels)
     rows = [[name.replace("_", " "), accuracy] for name, accuracy in accuracies.items()]
     print_table(["measure", "value ± standard error"], [*rows, ["cross-entropy", f"{loss:.3f} ± {loss_error:.3f}"]])
-    classes = class_accuracies(scores, labels, images.class_names)
-    shown = [
-        [
-            row.name,
-            row.accuracy.num_images,
-            row.accuracy,
-            f"{row.mistaken_for} ({row.mistakes})" if row.mistakes else "",
-        ]
-        for row in classes
-        if row.accuracy
-    ]
+    classes = [asdict(row) for row in class_accuracies(scores, labels, images.class_names)]
+    shown = [class_cells(row) for row in worst_classes(classes)]
     print_table(["class", "images", "accuracy ± standard error", "most often taken for"], shown)
+    if len(shown) < len(classes):
+        print(f"These {len(shown)} of {len(classes)} classes have the lowest accuracy.\n")
     return {
         "num_images": len(labels),
         **{name: asdict(accuracy) for name, accuracy in accuracies.items()},
         "loss": {"value": loss, "standard_error": loss_error},
-        "classes": [asdict(row) for row in classes],
+        "classes": classes,
     }
+
+
+def worst_classes(classes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The classes with the lowest accuracy, or all where they are few, in their order; none without images."""
+    measured = [row for row in classes if row["accuracy"]]
+    worst = sorted(measured, key=lambda row: row["accuracy"]["value"])[:SHOWN_CLASSES]
+    return [row for row in measured if row in worst]
+
+
+def class_cells(row: dict[str, Any]) -> tuple[Any, ...]:
+    accuracy = Accuracy(**row["accuracy"])
+    mistake = f"{row['mistaken_for']} ({row['mistakes']})" if row["mistakes"] else ""
+    return row["name"], accuracy.num_images, accuracy, mistake
 
 
 # Frozen features
@@ -318,7 +325,7 @@ def draw(path: Path, recipe: EvaluationRecipe, results: dict[str, Any]) -> None:
         chance = results["features"]["most_frequent_class"]["value"]
         title = "Frozen features: accuracy of probes, ± standard error"
     else:
-        rows = [row for row in results["classifier"]["classes"] if row["accuracy"]]
+        rows = worst_classes(results["classifier"]["classes"])
         names = [row["name"] for row in rows]
         series, chance = {"accuracy": [row["accuracy"] for row in rows]}, None
         title = f"{recipe.model}: accuracy by class, ± standard error"
