@@ -1,6 +1,5 @@
 """The probe during pretraining: what it classifies, what it leaves alone, what it shows, and what it needs."""
 
-import json
 import re
 import sys
 
@@ -10,6 +9,7 @@ import torch
 from test_examples import (
     PHOTOS,
     PRETRAIN,
+    ROOT,
     TINY,
     _fresh_accelerator,  # noqa: F401 (a fixture)
     assert_same,
@@ -26,6 +26,7 @@ from green_swin_hf.checkpointing import list_checkpoints, read_training_state
 from green_swin_hf.data import EvaluationTransform
 from green_swin_hf.online_probe import open_probe
 from green_swin_hf.pretraining_recipe import PretrainingRecipe
+from green_swin_hf.recipe_files import load_recipe
 
 PROBED = ["--probe-every", "1", "--validation-images", "6"]
 
@@ -94,8 +95,8 @@ def test_images_that_are_classified_are_in_no_bank(grey_images):  # noqa: F811
 
 
 def test_large_sets_are_cut_to_balanced_subsets(grey_images):  # noqa: F811
-    probe = open_probe(recipe_of(grey_images, probe_bank_images=20, probe_images=3), transform())
-    assert (len(probe.bank), len(probe.held_out)) == (20, 3)
+    probe = open_probe(recipe_of(grey_images, probe_bank_images=20, probe_images=5), transform())
+    assert (len(probe.bank), len(probe.held_out)) == (20, 5)
     assert max(torch.bincount(torch.tensor(probe.bank.labels))) <= 3
 
 
@@ -178,11 +179,11 @@ def test_folders_with_a_sub_folder_for_each_class_have_labels(grey_images, tmp_p
     assert (len(probe.bank), len(probe.held_out), probe.num_classes) == (58, 6, 10)
 
 
-def test_resuming_keeps_probes_as_data_of_the_log(grey_images, tmp_path):  # noqa: F811
-    output = tmp_path / "run"
-    flags = ["--data", grey_images, *TINY, *PROBED, "--output-dir", output, "--max-steps", 9, "--save-every", 3]
-    assert run_pretrain(*flags, "--stop-after", 4) == 0
-    with (output / "log.jsonl").open("a") as log:
-        log.write(json.dumps({"step": 5, "probe_accuracy": 9.0}) + "\n")  # after the checkpoint: cut on resuming
-    assert run_pretrain("--output-dir", output, "--resume", "auto") == 0
-    assert [entry["step"] for entry in probes(output)] == [0, 7, 9]
+def test_other_data_and_streams_are_not_probed_unless_asked():
+    recipe = load_recipe(ROOT / "examples/recipes/pretraining/fashion_mnist_tiny.yaml", PretrainingRecipe)
+    assert recipe.probe_every == 5
+    assert recipe.with_flags({"data": "other"}).probe_every == 0
+    assert recipe.with_flags({"streaming": True}).probe_every == 0
+    assert recipe.with_flags({"data": "other", "probe_every": "2"}).probe_every == 2
+    assert recipe.with_flags({"epochs": "20"}).probe_every == 5
+    assert not recipe.differences(recipe.replace(probe_every=0, probe_images=5, label_column="other"))
