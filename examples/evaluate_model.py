@@ -27,6 +27,7 @@ import datasets
 import evaluate
 import torch
 from transformers import PretrainedConfig
+from transformers.utils import logging as transformers_logging
 
 import green_swin_hf
 from green_swin_hf.evaluation import (
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe = read_recipe(arguments)
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
+        transformers_logging.disable_progress_bar()
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
         config = read_config(recipe.model)
@@ -73,15 +75,15 @@ def main(argv: list[str] | None = None) -> int:
         # Images and models; all that can be wrong with the input shows here
         by_classifier = "classifier" in judged
         names = model_class_names(config) if by_classifier else None
-        bank = validation = None
+        taught_by: tuple[LabelledImages, ...] = ()
         if "features" in judged:
-            bank, validation = open_training_images(recipe, names)
-            names = bank.class_names
+            taught_by = open_training_images(recipe, names)
+            names = taught_by[0].class_names
         tested = open_split(recipe, recipe.split, recipe.images, names)
         if by_classifier:
             refuse_other_classes(recipe, tested, config)
-        classifier = load_classifier(recipe.model).to(device) if by_classifier else None
-        encoder = load_encoder(recipe.model).to(device) if "features" in judged else None
+        classifier = load_classifier(recipe.model, device) if by_classifier else None
+        encoder = load_encoder(recipe.model, device) if "features" in judged else None
 
     options: dict[str, Any] = {"batch_size": recipe.batch_size, "workers": recipe.workers, "device": device}
     results: dict[str, Any] = {}
@@ -90,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         if classifier is not None:
             results["classifier"] = evaluate_classifier(classifier, LabelledDataset(tested, transform), options)
         if encoder is not None:
-            sets = [LabelledDataset(images, transform) for images in (bank, validation, tested) if images]
+            sets = [LabelledDataset(images, transform) for images in (*taught_by, tested)]
             results["features"] = evaluate_features(encoder, sets, recipe, options)
 
     written = write_results(arguments.output, recipe, results) if arguments.output else []
@@ -163,7 +165,9 @@ def refuse_other_classes(recipe: EvaluationRecipe, images: LabelledImages, confi
         )
 
 
-def open_training_images(recipe: EvaluationRecipe, class_names: Sequence[str]) -> tuple[LabelledImages, LabelledImages]:
+def open_training_images(
+    recipe: EvaluationRecipe, class_names: Sequence[str] | None
+) -> tuple[LabelledImages, LabelledImages]:
     """(images that teach the probes, images that choose the linear probe's regularisation), no image in both."""
     bank = open_split(recipe, recipe.train_split, recipe.train_images, class_names)
     if recipe.validation_split:
@@ -223,8 +227,9 @@ def evaluate_features(
     encoder: Any, sets: Sequence[LabelledDataset], recipe: EvaluationRecipe, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Accuracy of both probes on all features, printed as a table with what the model gains over its baselines."""
+    bank, validation, tested = sets
     report = judge_encoder(
-        encoder, *sets, len(sets[0].class_names), kinds=recipe.features, seed=recipe.seed,
+        encoder, bank, validation, tested, len(bank.class_names), kinds=recipe.features, seed=recipe.seed,
         neighbours=recipe.neighbours, temperature=recipe.temperature, progress=True, **options,
     )  # fmt: skip
     rows = [

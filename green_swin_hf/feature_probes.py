@@ -38,7 +38,7 @@ FEATURE_KINDS = {
 # k-NN as in the self-supervised literature, see `weighted_knn`.
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 # Inverse strengths of L2 regularisation that the linear probe chooses from.
-INVERSE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+INVERSE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 PIXELS_AT_MOST = 32
 
 FeatureFunction = Callable[[Tensor], Mapping[str, Tensor]]
@@ -385,6 +385,7 @@ __all__ = [
     "NEIGHBOURS",
     "TEMPERATURE",
     "Accuracy",
+    "FeatureFunction",
     "Judgement",
     "LabelledFeatures",
     "LinearProbe",
