@@ -64,6 +64,7 @@ from green_swin_hf.training import (
 
 EXAMPLES = Path(__file__).resolve().parent
 DEFAULT_RECIPE = EXAMPLES / "recipes" / "finetuning" / "fashion_mnist_tiny.yaml"
+DEFAULT_MODEL = "outputs/pretrain"  # what examples/pretrain.py leaves
 DEFAULT_OUTPUT = Path("outputs/finetune")
 METRIC = EXAMPLES / "metrics" / "top_k_accuracy"
 NUM_PICTURES = 12
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         splits = open_data(recipe)
         names = splits.train.class_names
         set_seed(recipe.seed)
-        model = resumed_model(checkpoint, names) if checkpoint else build_classifier(recipe, names)
+        model: Any = resumed_model(checkpoint, names) if checkpoint else build_classifier(recipe, names)
         recipe = complete_recipe(recipe, model.config)
         training, unchanged = build_transforms(recipe)
         cache = recipe.cache_megabytes * 2**20
@@ -106,9 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         )
 
         # Optimizer and schedule
-        updates_per_epoch = count_updates(
-            len(train), recipe.batch_size, recipe.gradient_accumulation_steps, state.num_processes
-        )
+        updates_per_epoch = updates_of_an_epoch(recipe, len(train), state.num_processes)
         total_updates = recipe.max_steps or max(1, math.ceil(recipe.epochs * updates_per_epoch))
         settings = training_arguments(recipe, arguments, output, updates_per_epoch, total_updates, bool(validation))
         images_per_update = recipe.batch_size * recipe.gradient_accumulation_steps * state.num_processes
@@ -193,7 +192,8 @@ def find_run(arguments: Namespace) -> tuple[Path, Path | None]:
 
 def find_checkpoint(arguments: Namespace) -> tuple[Path, Path]:
     """The folder of the run to go on with and its checkpoint."""
-    path = (arguments.output_dir or DEFAULT_OUTPUT) if arguments.resume == "auto" else Path(arguments.resume)
+    is_auto = arguments.resume == "auto"
+    path = (arguments.output_dir or newest_default_output()) if is_auto else Path(arguments.resume)
     if not path.is_dir():
         raise ValueError(f"--resume: {path} is no folder; give a checkpoint or a run's output folder")
     if path.name.startswith("checkpoint-"):
@@ -204,6 +204,12 @@ def find_checkpoint(arguments: Namespace) -> tuple[Path, Path]:
     if checkpoint is None:
         raise ValueError(f"--resume: {path} holds no whole checkpoint; start a new run with another --output-dir")
     return path, checkpoint
+
+
+def newest_default_output() -> Path:
+    """The default output folder with the highest number."""
+    number = int(unused_folder(DEFAULT_OUTPUT).name.removeprefix(DEFAULT_OUTPUT.name).removeprefix("-") or 1) - 1
+    return DEFAULT_OUTPUT if number < 2 else DEFAULT_OUTPUT.with_name(f"{DEFAULT_OUTPUT.name}-{number}")
 
 
 def read_recipe(arguments: Namespace, output: Path, checkpoint: Path | None) -> FinetuningRecipe:
@@ -218,21 +224,15 @@ def read_recipe(arguments: Namespace, output: Path, checkpoint: Path | None) -> 
         recipe = load_recipe(arguments.recipe or DEFAULT_RECIPE, FinetuningRecipe).with_flags(flags)
     if not recipe.data:
         raise ValueError("no data given; name a folder with a sub-folder for each class, or a data set, with --data")
-    if (
-        not checkpoint
-        and not recipe.from_scratch
-        and recipe.model == "outputs/pretrain"
-        and not Path(recipe.model).exists()
-    ):
+    if not checkpoint and recipe.model == DEFAULT_MODEL and not Path(DEFAULT_MODEL).exists():
         raise ValueError(
-            f"the pretrained model {recipe.model} is not here; run examples/pretrain.py first, name another with --model, "
-            "or train from random weights: --model none"
+            f"the pretrained model {DEFAULT_MODEL} is not here; run examples/pretrain.py first, name another with "
+            "--model, or train from random weights: --model none"
         )
     # absolute, so that the run goes on from another working directory, too
-    local = {name: value for name in ("data", "model") if os.path.exists(value := getattr(recipe, name))}
-    return recipe.replace(
-        **{name: os.path.abspath(value) for name, value in local.items() if name != "model" or value != "none"}
-    )
+    local = [name for name in ("data", "model") if os.path.exists(getattr(recipe, name))]
+    local = [name for name in local if name == "data" or not recipe.from_scratch]
+    return recipe.replace(**{name: os.path.abspath(getattr(recipe, name)) for name in local})
 
 
 def refuse_changes(before: FinetuningRecipe, recipe: FinetuningRecipe) -> None:
@@ -246,12 +246,9 @@ def refuse_changes(before: FinetuningRecipe, recipe: FinetuningRecipe) -> None:
 def resumed_model(checkpoint: Path, class_names: tuple[str, ...]) -> Any:
     """The model of a checkpoint; `Trainer` restores the rest."""
     model = load_classifier(str(checkpoint), class_names)
-    processes = PartialState().num_processes
-    if count_processes(checkpoint) != processes:
-        raise ValueError(
-            f"--resume: {checkpoint} is of a run with {count_processes(checkpoint)} processes, this one has {processes}; "
-            "start as many"
-        )
+    before, now = count_processes(checkpoint), PartialState().num_processes
+    if before != now:
+        raise ValueError(f"--resume: {checkpoint} is of a run with {before} processes, not {now}; start as many")
     return model
 
 
@@ -318,6 +315,17 @@ def training_arguments(
     )
 
 
+def updates_of_an_epoch(recipe: FinetuningRecipe, num_images: int, num_processes: int) -> int:
+    """As `Trainer` counts: whole batches only, and an update of what is left of an accumulation.
+
+    Raises:
+        ValueError: the images do not fill one update.
+    """
+    accumulation = recipe.gradient_accumulation_steps
+    count_updates(num_images, recipe.batch_size, accumulation, num_processes)
+    return math.ceil(num_images // (recipe.batch_size * num_processes) / accumulation)
+
+
 def count_warmup(recipe: FinetuningRecipe, updates_per_epoch: int, total_updates: int) -> int:
     """Updates of warm-up; its share of the run where --max-steps ends before it."""
     warmup = round(recipe.warmup_epochs * updates_per_epoch)
@@ -346,17 +354,23 @@ def open_hub(arguments: Namespace, output: Path, state: PartialState) -> str | N
 
 def open_data(recipe: FinetuningRecipe) -> Splits:
     """The splits, with the classes of the one to train on; of that only as many images as the recipe allows."""
-    columns = {"image_column": recipe.image_column, "label_column": recipe.label_column, "subset": recipe.subset}
-    open_split = functools.partial(load_labelled_images, recipe.data, **columns)
+    open_split = functools.partial(
+        load_labelled_images,
+        recipe.data,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
+        subset=recipe.subset,
+    )
     train = open_split(split=recipe.split)
     names = train.class_names
     if len(names) < 2:
         raise ValueError(f"data set {recipe.data!r} has the class {names[0]!r} only; a classifier needs two or more")
+    validation: LabelledImages | None
     if recipe.validation_split:
         validation, validated_on = open_split(split=recipe.validation_split, class_names=names), recipe.validation_split
     else:
-        train, held = split_off(train, recipe.validation_share, recipe.seed)
-        validation, validated_on = held, f"held out of {recipe.split}"
+        train, validation = split_off(train, recipe.validation_share, recipe.seed)
+        validated_on = f"held out of {recipe.split}"
     test = open_split(split=recipe.test_split, class_names=names) if recipe.test_split else None
     if recipe.label_limit is not None:
         train = train.select(label_budget(train.labels, recipe.label_limit, recipe.seed))
@@ -422,9 +436,9 @@ def measure(trainer: ClassificationTrainer, dataset: LabelledDataset | None) -> 
     """Loss and accuracies on a split, and its first rows of logits."""
     if dataset is None:
         return None
-    output = trainer.predict(dataset, metric_key_prefix="")  # type: ignore[arg-type]
-    wanted = {"_loss": "loss", "_top_1_accuracy": "top_1_accuracy", "_top_5_accuracy": "top_5_accuracy"}
-    values = {name: output.metrics[key] for key, name in wanted.items() if key in output.metrics}
+    output = trainer.predict(dataset)  # type: ignore[arg-type]
+    found = {name.removeprefix("test_"): value for name, value in (output.metrics or {}).items()}
+    values = {name: found[name] for name in ("loss", "top_1_accuracy", "top_5_accuracy") if name in found}
     return {"images": len(dataset), **values, "logits": output.predictions}
 
 
@@ -446,7 +460,7 @@ def collect_results(
         "model": recipe.model,
         "classes": len(splits.train.class_names),
         "train_images": len(labels),
-        "most_common_class": int(labels.bincount().argmax()),
+        "most_common_class": splits.train.class_names[int(labels.bincount().argmax())],
         "updates": trainer.state.global_step,
         "best_epoch": best / updates_per_epoch if best else None,
         "seed": recipe.seed,
@@ -585,11 +599,12 @@ def print_results(
             continue
         accuracy, count = measured["top_1_accuracy"], measured["images"]
         error = math.sqrt(accuracy * (1 - accuracy) / count)
-        constant = float((part.labels == results["most_common_class"]).float().mean())
+        common = part.class_names.index(results["most_common_class"])
+        constant = float((part.labels == common).float().mean())
         top_5 = f", top-5 {measured['top_5_accuracy']:.1%}" if "top_5_accuracy" in measured else ""
         say(
-            f"{name.capitalize()}: top-1 {accuracy:.1%} (standard error {error:.1%}){top_5}, loss {measured['loss']:.4f} "
-            f"on {count:,} images. Always answering the most common class scores {constant:.1%}."
+            f"{name.capitalize()}: top-1 {accuracy:.1%} (standard error {error:.1%}){top_5}, loss "
+            f"{measured['loss']:.4f} on {count:,} images. Always answering the most common class scores {constant:.1%}."
         )
     say(f"Wrote to {output}: {', '.join(written)}")
     say("Next, for example, classify a picture:")

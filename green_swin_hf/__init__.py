@@ -13,7 +13,7 @@ from transformers import (
     AutoModelForMaskedImageModeling,
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.utils import is_torchvision_available, is_vision_available
+from transformers.utils import is_vision_available
 
 from .configuration_green_swin import VARIANTS, GreenSwinConfig
 from .modeling_green_swin import (

@@ -37,8 +37,8 @@ def finetuning_figure(log: Sequence[dict[str, Any]], *, best_epoch: float | None
                 label = f"validation, {name.replace('_', '-')}"
                 lower.plot(epochs, values, style, color=color, markersize=4, label=label)
     if best_epoch is not None:
-        for axes, label in ((upper, None), (lower, "the model that is kept")):
-            axes.axvline(best_epoch, color=_INK, linewidth=0.9, linestyle=":", label=label)
+        for axes in (upper, lower):
+            axes.axvline(best_epoch, color=_INK, linewidth=0.9, linestyle=":", label="the model that is kept")
     upper.set_ylabel("cross entropy")
     lower.set_ylabel("accuracy, %")
     lower.set_xlabel("epoch")
@@ -72,17 +72,19 @@ def prediction_figure(
     """
     per_row = min(per_row, len(images))
     rows = -(-len(images) // per_row)
-    figure = Figure(figsize=(1.55 * per_row, 2.1 * rows + 0.35), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(1.5 * per_row, 1.95 * rows + 0.3), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, per_row, squeeze=False)
-    for axes in grid.flat:
+    for axes in grid.flat[len(images) :]:
         axes.axis("off")
     for axes, image, guess, name, score in zip(grid.flat, images, predicted, true, scores, strict=False):
         _draw_image(axes, image)
-        axes.set_aspect("equal")
+        axes.axis("on")  # for the line below, without ticks and frame
+        axes.set(xticks=[], yticks=[], aspect="equal")
+        axes.spines[:].set_visible(False)
         right = guess == name
-        text = f"{_short(guess)}\n{score:.0%}" if right else f"✗ {_short(guess)} {score:.0%}\nis {_short(name)}"
-        axes.set_title(text, fontsize=8, pad=3, color=_INK if right else _ORANGE, y=-0.32)
+        text = f"{_short(guess)} {score:.0%}" if right else f"✗ {_short(guess)} {score:.0%}\nis {_short(name)}"
+        axes.set_xlabel(text, fontsize=8, labelpad=3, color=_INK if right else _ORANGE)
     if title:
         figure.suptitle(title, fontsize=10, x=0.01, ha="left", color=_INK)
     return figure

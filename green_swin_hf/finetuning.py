@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
 from torchvision.transforms import v2
@@ -54,8 +54,8 @@ def load_classifier(folder: str, class_names: Sequence[str], **changes: Any) -> 
     model, report = loaded
     _refuse_other_geometry(folder, report)
     if not same_classes:
-        new = GreenSwinForImageClassification(model.config).classifier
-        model.classifier.load_state_dict(new.state_dict())
+        model.classifier = nn.Linear(model.config.hidden_size, len(class_names))
+        model._init_weights(model.classifier)
     return model
 
 
@@ -65,8 +65,8 @@ def _refuse_other_geometry(folder: str, report: dict[str, Any]) -> None:
     if mismatched:
         name, found, wanted = mismatched[0]
         raise ValueError(
-            f"--model {folder} does not fit: {name} is {list(found)} there and {list(wanted)} here; leave out image_size "
-            "and num_channels, or give those that it was made with"
+            f"--model {folder} does not fit: {name} is {list(found)} there and {list(wanted)} here; leave out "
+            "image_size and num_channels, or give those that it was made with"
         )
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("classifier."))
     if missing:
@@ -82,7 +82,8 @@ def class_entries(class_names: Sequence[str]) -> dict[str, Any]:
 
 
 def _class_names(config: GreenSwinConfig) -> tuple[str, ...]:
-    return tuple(config.id2label[index] for index in range(len(config.id2label or {})))
+    names: dict[Any, str] = dict(config.id2label or {})
+    return tuple(names[index] for index in range(len(names)))
 
 
 def build_classifier(recipe: FinetuningRecipe, class_names: Sequence[str]) -> GreenSwinForImageClassification:
@@ -98,8 +99,8 @@ def build_classifier(recipe: FinetuningRecipe, class_names: Sequence[str]) -> Gr
         found = getattr(model.config, name)
         if _comparable(found) != _comparable(wanted):
             raise ValueError(
-                f"{name} {_plain(wanted)} is not that of the model {recipe.model}, {_plain(found)}; leave it out (--model "
-                f"as a flag takes everything from the model), or give --model {NO_MODEL} for random weights"
+                f"{name} {_plain(wanted)} is not that of the model {recipe.model}, {_plain(found)}; leave it out "
+                f"(the flag --model takes all sizes from the model), or give --model {NO_MODEL} for random weights"
             )
     return model
 
@@ -136,7 +137,10 @@ class CentralCropTransform(EvaluationTransform):
     def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """[C, H, W] uint8 of any size → [C, rows, columns] float32; `generator` is not used."""
         resized = v2.functional.resize(image, [self.shortest_edge], v2.InterpolationMode.BICUBIC, antialias=True)
-        return self._normalized(v2.functional.center_crop(resized, list(as_pair(self.image_size))))
+        rows, columns = as_pair(self.image_size)
+        # Half a pixel goes to the top and left, as in transformers (torchvision rounds it to even).
+        top, left = (resized.shape[-2] - rows) // 2, (resized.shape[-1] - columns) // 2
+        return self._normalized(resized[:, top : top + rows, left : left + columns])
 
 
 def complete_recipe(recipe: FinetuningRecipe, config: GreenSwinConfig) -> FinetuningRecipe:
@@ -168,8 +172,9 @@ def build_transforms(recipe: FinetuningRecipe) -> tuple[FinetuningTransform, Eva
     """(for training, for evaluation) of a complete recipe."""
     size = as_pair(_known(recipe.image_size))
     shared: dict[str, Any] = {"num_channels": recipe.num_channels, "mean": recipe.mean, "std": recipe.std}
-    names = ("crop_scale", "crop_ratio", "rand_augment", "rand_augment_std", "rand_augment_ops", "color_jitter")
-    augmentation = {name: getattr(recipe, name) for name in (*names, "random_erasing")}
+    names = ("crop_scale", "crop_ratio", "rand_augment", "rand_augment_std", "rand_augment_ops")
+    more = ("rand_augment_probability", "color_jitter", "random_erasing")
+    augmentation = {name: getattr(recipe, name) for name in (*names, *more)}
     training = FinetuningTransform(size, flip=0.5 if recipe.flip else 0.0, **augmentation, **shared)
     if recipe.evaluation_crop is None:
         return training, EvaluationTransform(size, **shared)
@@ -252,6 +257,11 @@ class ClassificationTrainer(Trainer):
         outputs = model(pixel_values=inputs["pixel_values"])
         loss = cross_entropy(outputs.logits.float(), inputs["labels"])
         return (loss, outputs) if return_outputs else loss
+
+    def _get_learning_rate(self) -> float:
+        """That of the head for the log, the highest: with layer-wise decay the first group has the lowest."""
+        scheduler: Any = self.lr_scheduler
+        return max(scheduler.get_last_lr())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

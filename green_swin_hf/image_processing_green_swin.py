@@ -1,7 +1,7 @@
 """Image processors of ViT that also prepare images for models of grey images.
 
-Pipelines turn every picture into colour before a processor sees it. A processor whose `image_mean` has one entry belongs
-to a model with one channel and turns it back.
+Pipelines turn every picture into colour before a processor sees it. A processor whose `image_mean` has one entry
+belongs to a model with one channel and turns it back.
 """
 
 from __future__ import annotations
