@@ -26,6 +26,7 @@ from typing import Any
 import datasets
 import evaluate
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         transformers_logging.disable_progress_bar()
+        hub_logging.set_verbosity_error()  # of a Hub that does not answer, one line says enough
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
         config = read_config(recipe.model)

@@ -151,7 +151,8 @@ class Accuracy:
 
     Attributes:
         value: in 0 … 1.
-        standard_error: of the share as an estimate for all images like these, √(p·(1 - p) / n). It says nothing of
+        standard_error: of the share as an estimate for all images like these: binomial, √(p·(1 - p) / n) with
+            p = (right + ½) / (n + 1), so that it is not 0 where none or all of a few are right. It says nothing of
             other random seeds.
         num_images: n.
     """
@@ -167,7 +168,8 @@ class Accuracy:
 
     @classmethod
     def from_share(cls, share: float, num_images: int) -> Accuracy:
-        return cls(share, math.sqrt(share * (1 - share) / num_images), num_images)
+        moderated = (share * num_images + 0.5) / (num_images + 1)
+        return cls(share, math.sqrt(moderated * (1 - moderated) / num_images), num_images)
 
     def __str__(self) -> str:
         return f"{self.value:.3f} ± {self.standard_error:.3f}"

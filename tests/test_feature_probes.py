@@ -150,6 +150,9 @@ def test_the_standard_error_is_that_of_repeated_draws():
     assert accuracies[0].num_images == 100
     mean_error = sum(accuracy.standard_error for accuracy in accuracies) / len(accuracies)
     assert mean_error == pytest.approx(spread, rel=0.05)
+    all_right = Accuracy.of(torch.ones(10, dtype=torch.bool))
+    assert all_right.value == 1
+    assert 0.05 < all_right.standard_error < 0.1
 
 
 def test_paired_differences_vary_as_the_images_on_which_two_differ():
