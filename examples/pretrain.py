@@ -58,6 +58,7 @@ from green_swin_hf.data import (
     mask_unit_multiple,
 )
 from green_swin_hf.feature_probes import Accuracy
+from green_swin_hf.host_memory import keep_freed_memory
 from green_swin_hf.hub_upload import prepare_upload, upload_files
 from green_swin_hf.online_probe import OnlineProbe, open_probe
 from green_swin_hf.optimization import build_optimizer, cosine_schedule, native_bf16, scaled_learning_rate
