@@ -50,9 +50,7 @@ def load_photographs(folder: str | os.PathLike[str]) -> list[Tensor]:
     return [decode_image({"bytes": None, "path": str(path)}, "RGB") for path in paths]
 
 
-def draw_shapes_image(
-    photo: Tensor, rng: torch.Generator, size: tuple[int, int], *, max_shapes: int = 3
-) -> DrawnImage:
+def draw_shapes_image(photo: Tensor, rng: torch.Generator, size: tuple[int, int], *, max_shapes: int = 3) -> DrawnImage:
     """A random part of a photograph with 1 … `max_shapes` ellipses, rectangles and stars on it.
 
     Later shapes may cover earlier ones, of which at least half stays to be seen.
