@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         output, checkpoint = find_run(arguments.output_dir, arguments.resume, DEFAULT_OUTPUT)
         resumed = read_trainer_state(checkpoint) if checkpoint else None
         recipe = read_recipe(arguments, output, resumed)
-        accelerator = build_accelerator(recipe.precision, recipe.threads, resumed and resumed["threads"])
+        accelerator = build_accelerator(recipe.precision, recipe.threads, resumed["threads"] if resumed else None)
         data = open_data(recipe)  # None: shapes are to be drawn
         train, validation = data or (None, None)
         class_names = train.data.class_names if train else SHAPE_NAMES
@@ -263,11 +263,12 @@ def draw_data(recipe: DetectionRecipe, output: Path, accelerator: Accelerator) -
     folders = [output / "drawn_shapes" / name for name in ("train", "validation")]
     if accelerator.is_main_process:
         photographs = load_photographs(cast(str, recipe.photographs))
+        sides, radii = cast(tuple[int, int], recipe.drawn_sides), recipe.drawn_radii
         counts = (recipe.drawn_images, recipe.drawn_validation_images)
         for number, (folder, count) in enumerate(zip(folders, counts, strict=True)):
             if not (folder / "annotations.json").is_file():
-                sides = (recipe.drawn_sides[0], recipe.drawn_sides[1])
-                write_coco_shapes(folder, photographs, count, 2 * recipe.seed + number, sides=sides)
+                seed, most = 2 * recipe.seed + number, recipe.drawn_shapes
+                write_coco_shapes(folder, photographs, count, seed, sides=sides, max_shapes=most, radii=radii)
     accelerator.wait_for_everyone()
     return read_data(recipe, *(folder / "annotations.json" for folder in folders))
 
@@ -275,10 +276,8 @@ def draw_data(recipe: DetectionRecipe, output: Path, accelerator: Accelerator) -
 def read_data(recipe: DetectionRecipe, train: Path, validation: Path) -> tuple[CocoImages, CocoImages]:
     training_data = load_coco(train, recipe.train_images)
     validation_data = load_coco(validation, recipe.validation_images, class_names=training_data.class_names)
-    if recipe.skip_empty:
-        training_data = training_data.without_empty()
     mode: Any = "L" if recipe.num_channels == 1 else "RGB"
-    images = CocoImages(training_data, mode=mode, seed=recipe.seed, training=True)
+    images = CocoImages(training_data.for_training(recipe.skip_empty), mode=mode, seed=recipe.seed, training=True)
     return images, CocoImages(validation_data, mode=mode)
 
 
@@ -306,7 +305,8 @@ def build_loader(run: Run, images: CocoImages) -> DataLoader[Any]:
 def train_epoch(run: Run, batches: Iterator[dict[str, Any]], progress: tqdm) -> None:
     recipe, accelerator, state = run.recipe, run.accelerator, run.state
     run.model.train()
-    since, sums, count = time.monotonic(), {}, 0
+    sums: dict[str, Any] = {}
+    since, count = time.monotonic(), 0
     for number in range(1, run.updates_per_epoch + 1):
         losses, skipped_names = forward_backward(run, batches)
         grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), recipe.max_grad_norm or math.inf)
@@ -496,8 +496,6 @@ def print_heading(run: Run, train: CocoImages, init_from: str | None, checkpoint
     }
     if checkpoint:
         lines["going on"] = f"after epoch {run.epoch:g} from {checkpoint}"
-    if left_out := train.data.num_without_area:
-        lines["left out"] = f"{left_out} annotations whose box has no area"
     accelerator.print("Fine-tuning a detector")
     for name, text in lines.items():
         accelerator.print(f"  {name:<12} {text}")

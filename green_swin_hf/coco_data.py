@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -35,10 +35,9 @@ class CocoData:
         path: of the annotations.
         image_folder: where `file_name` of an image is.
         images: entries with `id`, `file_name`, `width` and `height`.
-        objects: of each image in order, its annotations; those without an area are left out.
+        objects: of each image in order, its annotations.
         class_names: label `i + 1` is the name `i`.
-        category_ids: the file's number of each class.
-        num_without_area: annotations left out.
+        category_ids: the file's number of each class, -1 of one that it has not.
     """
 
     path: Path
@@ -47,19 +46,36 @@ class CocoData:
     objects: tuple[tuple[Mapping[str, Any], ...], ...]
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
-    num_without_area: int
 
     @property
     def num_objects(self) -> int:
         return sum(map(len, self.objects))
 
-    def without_empty(self) -> CocoData:
-        """Only the images with an object that is no crowd."""
-        kept = [row for row, objects in enumerate(self.objects) if any(not o.get("iscrowd") for o in objects)]
-        if not kept:
-            raise ValueError(f"{self.path} annotates no objects; give annotations to train on")
-        images, objects = tuple(self.images[row] for row in kept), tuple(self.objects[row] for row in kept)
+    def for_training(self, skip_empty: bool = True) -> CocoData:
+        """Without crowds and boxes of less than a pixel, and without images that have nothing else.
+
+        Args:
+            skip_empty: False keeps images without objects.
+
+        Raises:
+            ValueError: no image is left.
+        """
+        pairs = [
+            (image, tuple(o for o in objects if not o.get("iscrowd") and _is_a_pixel(o["bbox"], image)))
+            for image, objects in zip(self.images, self.objects, strict=True)
+        ]
+        kept = [pair for pair in pairs if pair[1] or not skip_empty]
+        if not any(objects for _, objects in kept):
+            raise ValueError(f"{self.path} annotates no objects to train on; give a file with some that are no crowds")
+        images, objects = zip(*kept, strict=True)
         return replace(self, images=images, objects=objects)
+
+
+def _is_a_pixel(box: Sequence[float], image: Mapping[str, Any]) -> bool:
+    """Whether both sides of a box have a pixel inside the image."""
+    left, top, width, height = box
+    right, bottom = min(left + width, image["width"]), min(top + height, image["height"])
+    return right - max(left, 0) >= 1 and bottom - max(top, 0) >= 1
 
 
 def load_coco(
@@ -87,15 +103,13 @@ def load_coco(
         raise ValueError(f"image folder {folder} does not exist; give the folder of the images of {path}")
     categories = _check_categories(path, content["categories"])
     entries = _check_images(path, folder, content["images"])
-    objects, without_area = _check_annotations(path, entries, categories, content["annotations"])
+    objects = _check_annotations(path, entries, categories, content["annotations"])
     names = tuple(categories.values()) if class_names is None else tuple(class_names)
     unknown = sorted(set(categories.values()) - set(names))
     if unknown:
         raise ValueError(f"{path} has categories that the model does not know, such as {unknown[0]!r}")
     ids = {name: number for number, name in categories.items()}
-    return CocoData(
-        path, folder, tuple(entries.values()), objects, names, tuple(ids.get(name, -1) for name in names), without_area
-    )
+    return CocoData(path, folder, tuple(entries.values()), objects, names, tuple(ids.get(name, -1) for name in names))
 
 
 def _read_json(path: Path) -> dict[str, list[Any]]:
@@ -155,32 +169,30 @@ def _check_images(path: Path, folder: Path, entries: list[dict[str, Any]]) -> di
 
 def _check_annotations(
     path: Path, images: dict[int, dict[str, Any]], categories: dict[int, str], entries: list[dict[str, Any]]
-) -> tuple[tuple[tuple[dict[str, Any], ...], ...], int]:
-    """Annotations of each image, and how many have a box without area."""
+) -> tuple[tuple[dict[str, Any], ...], ...]:
+    """Annotations of each image."""
     objects: dict[int, list[dict[str, Any]]] = {number: [] for number in images}
-    seen, without_area = set(), 0
+    seen: set[int] = set()
     for place, entry in enumerate(entries):
-        number = entry.get("id", f"number {place + 1}")
-        if number in seen:
-            raise ValueError(f"{path}: annotation {number}: the id is there twice; ids must differ")
-        seen.add(number)
-        fault = _find_fault(entry, images, categories)
+        number = entry.get("id")
+        if not _is_integer(number):
+            raise ValueError(f"{path}: annotation at place {place} has the id {number!r}; it must be an integer")
+        fault = "the id is there twice" if number in seen else _find_fault(entry, images, categories)
         if fault:
             raise ValueError(f"{path}: annotation {number}: {fault}")
-        if entry["bbox"][2] > 0 and entry["bbox"][3] > 0:
-            objects[entry["image_id"]].append(entry)
-        else:
-            without_area += 1
-    return tuple(map(tuple, objects.values())), without_area
+        seen.add(number)
+        objects[entry["image_id"]].append(entry)
+    return tuple(map(tuple, objects.values()))
 
 
 def _find_fault(entry: dict[str, Any], images: dict[int, dict[str, Any]], categories: dict[int, str]) -> str | None:
     """What is wrong with an annotation, in words; None when nothing is."""
-    image = images.get(entry.get("image_id", -1))
-    if image is None:
-        return f"image_id {entry.get('image_id')} is none of the images"
-    if entry.get("category_id") not in categories:
-        return f"category_id {entry.get('category_id')} is none of the categories"
+    image_id, category_id = entry.get("image_id"), entry.get("category_id")
+    if not _is_integer(image_id) or image_id not in images:
+        return f"image_id {image_id} is none of the images"
+    if not _is_integer(category_id) or category_id not in categories:
+        return f"category_id {category_id} is none of the categories"
+    image = images[image_id]
     if entry.get("iscrowd", 0) not in (0, 1):
         return f"iscrowd {entry['iscrowd']} must be 0 or 1"
     box = entry.get("bbox")
@@ -239,11 +251,11 @@ def _decode_counts(text: str) -> list[int] | None:
     return None if shift else counts
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _are_numbers(values: Any) -> bool:
+def _are_numbers(values: Any) -> TypeGuard[list[float]]:
     return isinstance(values, list) and all(
         isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
     )
@@ -272,8 +284,8 @@ class CocoImages(Dataset[dict[str, Any]]):
         data: what `load_coco` returns.
         mode: "RGB" or "L".
         seed: of the flips.
-        training: True mirrors half of the images, leaves crowds out and takes the next image for one that cannot be
-            decoded; False keeps all as it is, crowds marked as such, and raises.
+        training: True mirrors half of the images and takes the next one for an image that cannot be decoded (crowds are
+            left out by `CocoData.for_training`); False changes nothing, and raises.
     """
 
     def __init__(self, data: CocoData, *, mode: ColorMode = "RGB", seed: int = 0, training: bool = False):
@@ -321,7 +333,7 @@ class CocoImages(Dataset[dict[str, Any]]):
         """What is on the image of row `index`, without reading it."""
         entry = self.data.images[index]
         height, width = entry["height"], entry["width"]
-        objects = [o for o in self.data.objects[index] if not (self.training and o.get("iscrowd"))]
+        objects = self.data.objects[index]
         masks = [decode_mask(o["segmentation"], height, width) for o in objects]
         corners = torch.tensor([o["bbox"] for o in objects], dtype=torch.float32).view(-1, 4)
         corners[:, 2:] += corners[:, :2]

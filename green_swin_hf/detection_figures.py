@@ -50,7 +50,7 @@ def detection_figure(
     return figure
 
 
-def _draw_pair(pair: Sequence[Axes], images: CocoImages, detections: Detections, score_threshold: float) -> None:
+def _draw_pair(pair: Any, images: CocoImages, detections: Detections, score_threshold: float) -> None:
     sample = images[detections.index]
     target, picture, names = sample["target"], sample["image"], images.data.class_names
     texts = [names[label - 1] for label in target["labels"].tolist()]

@@ -35,6 +35,8 @@ class DetectionRecipe(RecipeFile):
     drawn_images: int = option(200, "images to draw for training")
     drawn_validation_images: int = option(60, "images to draw for validation")
     drawn_sides: tuple[int, ...] = option((96, 160), "smallest and largest rows and columns of drawn images")
+    drawn_shapes: int = option(3, "most shapes of a drawn image")
+    drawn_radii: tuple[float, float] = option((0.14, 0.32), "least and largest radius, as a share of the short side")
     train_annotations: str | None = option(None, "COCO-format JSON file to train on")
     train_images: str | None = option(None, "folder of its images (default: images beside the file, or its folder)")
     validation_annotations: str | None = option(None, "COCO-format JSON file to measure on")
@@ -138,6 +140,8 @@ def _check_ranges(recipe: DetectionRecipe) -> None:
     smallest, largest = recipe.drawn_sides
     if not 32 <= smallest <= largest:
         raise ValueError(f"drawn_sides {[smallest, largest]} must be at least 32, the smaller first")
+    if not 0.02 <= recipe.drawn_radii[0] <= recipe.drawn_radii[1] <= 0.5:
+        raise ValueError(f"drawn_radii {list(recipe.drawn_radii)} must be 0.02 to 0.5, the smaller first")
     if recipe.num_channels not in (1, 3):
         raise ValueError(f"num_channels {recipe.num_channels} must be 1 (grey) or 3 (colour)")
     if not 0 < recipe.layer_decay <= 1:

@@ -80,8 +80,10 @@ def test_masks_of_polygons_and_both_run_length_codes(path):
 def test_training_leaves_crowds_and_empty_images_out(path):
     data = load_coco(path)
     assert (len(data.images), data.num_objects) == (2, 4)
-    assert [image["id"] for image in data.without_empty().images] == [7]
-    assert CocoImages(data, training=True)[0]["target"]["labels"].tolist() == [2, 1, 2]
+    training = data.for_training()
+    assert [image["id"] for image in training.images] == [7]
+    assert CocoImages(training, training=True)[0]["target"]["labels"].tolist() == [2, 1, 2]
+    assert [image["id"] for image in data.for_training(skip_empty=False).images] == [7, 3]
     empty = CocoImages(data)[1]
     assert empty["image"].shape == (3, 9, 8)
     assert empty["target"]["boxes"].shape == (0, 4)
@@ -92,19 +94,20 @@ def test_an_image_of_crowds_only_is_empty_to_training(tmp_path):
     entries = content()
     entries["annotations"] = entries["annotations"][3:]
     data = load_coco(write(tmp_path, entries))
-    with pytest.raises(ValueError, match="annotates no objects"):
-        data.without_empty()
+    with pytest.raises(ValueError, match="annotates no objects to train on"):
+        data.for_training(skip_empty=False)
 
 
-def test_boxes_reach_to_the_border_at_most_and_without_area_they_are_left_out(tmp_path):
+def test_boxes_reach_to_the_border_at_most_and_smaller_than_a_pixel_they_are_not_trained_on(tmp_path):
     entries = content()
     entries["annotations"] = [
         annotation(1, [polygon(20, 10, 40, 15)], (20, 10, 31, 15)),
         annotation(2, [polygon(20, 10, 22, 15)], (20, 10, 20, 15)),
+        annotation(3, [polygon(28, 10, 30, 15)], (29.5, 10, 33, 15)),
     ]
     data = load_coco(write(tmp_path, entries))
-    assert data.num_without_area == 1
-    assert CocoImages(data)[0]["target"]["boxes"].tolist() == [[20, 10, 30, 15]]
+    assert CocoImages(data)[0]["target"]["boxes"].tolist() == [[20, 10, 30, 15], [20, 10, 20, 15], [29.5, 10, 30, 15]]
+    assert CocoImages(data.for_training())[0]["target"]["boxes"].tolist() == [[20, 10, 30, 15]]
 
 
 def test_labels_follow_the_names_of_the_training_data(path):
@@ -195,6 +198,9 @@ WRONG = {
     "code without counts": (change(segmentation={"size": [20, 30]}), "annotation 2: segmentation needs counts"),
     "crowd": (change(iscrowd=2), "annotation 2: iscrowd 2 must be 0 or 1"),
     "area": (change(area="big"), "annotation 2: area big"),
+    "image id of no kind": (change(image_id=[7]), r"annotation 2: image_id \[7\] is none of the images"),
+    "category of no kind": (change(category_id={}), "annotation 2: category_id {} is none of the categories"),
+    "annotation without id": (change(id=None), "annotation at place 1 has the id None"),
     "annotation twice": (change(id=1), "annotation 1: the id is there twice"),
     "image twice": (change_image(id=3), "image id 3 is there twice"),
     "image without size": (change_image(height=0), "image 7 needs width and height"),

@@ -177,7 +177,7 @@ def test_weights_to_start_from_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_backbone(tmp_path)
     build().save_pretrained(tmp_path / "detector")
-    with pytest.raises(ValueError, match="lacks .* weights of an encoder"):
+    with pytest.raises(ValueError, match=r"lacks .* weights of an encoder"):
         load_backbone(tmp_path / "detector")
 
 
