@@ -65,30 +65,36 @@ def _draw_pair(pair: Any, images: CocoImages, detections: Detections, score_thre
 def _draw_objects(
     axes: Axes, picture: Tensor, boxes: Tensor, labels: Tensor, masks: Tensor, texts: Sequence[str]
 ) -> None:
-    """One picture [C, H, W] in 0 … 1, dimmed, with objects in the colours of their classes."""
+    """One picture [C, H, W] in 0 … 1, in pale greys, with objects in the colours of their classes."""
     height, width = picture.shape[1:]
-    canvas = 0.25 + 0.6 * picture[:3].expand(3, -1, -1).clone() if picture.shape[0] < 3 else 0.25 + 0.6 * picture[:3]
+    canvas = (0.3 + 0.6 * picture[:3].mean(0)).expand(3, -1, -1).clone()
     colors = [_CLASS_COLORS[(label - 1) % len(_CLASS_COLORS)] for label in labels.tolist()]
     for mask, color in zip(masks, colors, strict=True):
         paint = torch.tensor([int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)])[:, None]
-        canvas[:, mask] = 0.35 * canvas[:, mask] + 0.65 * paint
+        canvas[:, mask] = 0.4 * canvas[:, mask] + 0.6 * paint
     axes.imshow(canvas.permute(1, 2, 0).numpy(), interpolation="nearest")
+    places: list[tuple[float, float]] = []
     for (left, top, right, bottom), color, text in zip(boxes.tolist(), colors, texts, strict=True):
         box = Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, edgecolor=color, linewidth=1.6)
         axes.add_patch(box)
-        at_top = top > 0.1 * height
-        label = axes.text(
-            min(left, 0.72 * width),
-            top - 2 if at_top else bottom + 2,
-            text,
-            fontsize=7,
-            color="white",
-            va="bottom" if at_top else "top",
-            clip_on=True,
-        )
+        places.append(_label_place((left, top, bottom), places, height, width))
+        label = axes.text(*places[-1], text, fontsize=7, color="white", va="center", clip_on=True)
         label.set_path_effects([withStroke(linewidth=1.8, foreground=_INK)])
     axes.set_xlim(-0.5, width - 0.5)
     axes.set_ylim(height - 0.5, -0.5)
+
+
+def _label_place(
+    box: tuple[float, float, float], taken: Sequence[tuple[float, float]], height: int, width: int
+) -> tuple[float, float]:
+    """Where the name of a box (left, top, bottom) goes: above it, below, or inside, the first that is free."""
+    left, top, bottom = box
+    line = 0.07 * height
+    x = max(0.0, min(left, 0.68 * width))
+    tries = [y for y in (top - line / 2, bottom + line / 2, top + line / 2, bottom - line / 2) if 0 < y < height - 1]
+    tries = tries or [min(max(top, line), height - line)]
+    free = [y for y in tries if all(abs(y - other) > line or abs(x - at) > 0.3 * width for at, other in taken)]
+    return x, (free or tries)[0]
 
 
 def training_figure(log: Sequence[dict[str, Any]], title: str = "") -> Figure:
