@@ -129,7 +129,8 @@ def write_coco_shapes(
     for number, annotation in enumerate(annotations, start=1):
         annotation["id"] = number
     categories = [{"id": number, "name": name} for number, name in enumerate(SHAPE_NAMES, start=1)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
+    info = {"description": f"Shapes drawn on photographs, seed {seed}"}
+    content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
     partial = folder / "annotations.json.partial"
     partial.write_text(json.dumps(content))
     os.replace(partial, folder / "annotations.json")

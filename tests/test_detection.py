@@ -238,7 +238,7 @@ def annotated(tmp_path):
         Image.new("RGB", (columns, rows)).save(tmp_path / f"{image}.png")
         images.append({"id": image, "file_name": f"{image}.png", "width": columns, "height": rows})
     categories = [{"id": number, "name": name} for name, number in numbers.items()]
-    content = {"images": images, "annotations": annotations, "categories": categories}
+    content = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
     (tmp_path / "annotations.json").write_text(json.dumps(content))
     return CocoImages(load_coco(tmp_path / "annotations.json"))
 
