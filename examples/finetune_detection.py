@@ -112,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         # Model, optimizer, schedule
         set_seed(recipe.seed)
         model = load_detector(checkpoint) if checkpoint else build_model(recipe, arguments.init_from, class_names)
+        recipe = recipe.with_backbone(model.config) if arguments.init_from else recipe
         optimizer = build_optimizer(
             model,
             recipe.learning_rate,

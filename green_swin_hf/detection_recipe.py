@@ -53,7 +53,7 @@ class DetectionRecipe(RecipeFile):
     long_side: int = option(1333, "most pixels of the long side")
     mean: tuple[float, ...] | None = option(None, "mean of each channel, of pixels in 0 … 1 (default: the start's)")
     std: tuple[float, ...] | None = option(None, "standard deviation of each channel (default: the start's)")
-    # Model; the first ones are those of the weights where it starts from weights
+    # Model; weights to start from bring their own sizes of the backbone
     variant: str | None = option(None, "named Swin to start from", ("tiny", "small", "base", "large"))
     patch_size: int | None = option(None, "side of a patch in pixels")
     embed_dim: int | None = option(None, "channels of the first stage")
@@ -103,6 +103,12 @@ class DetectionRecipe(RecipeFile):
         return (
             GreenSwinConfig(**fields) if self.variant is None else GreenSwinConfig.from_variant(self.variant, **fields)
         )
+
+    def with_backbone(self, config: GreenSwinConfig) -> DetectionRecipe:
+        """The recipe with the sizes of a backbone that was loaded, in place of what it would have built."""
+        names = [name for name in _CONFIG_FIELDS if name not in ("patch_size", "drop_path_rate")]
+        sizes = {name: getattr(config, name) for name in names}
+        return self.replace(variant=None, patch_size=config.patch_length, **sizes)
 
     def detector_settings(
         self, class_names: tuple[str, ...], mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None

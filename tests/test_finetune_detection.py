@@ -179,11 +179,18 @@ def test_starting_from_a_pretrained_folder_takes_its_weights_statistics_and_chan
     pretrained.save_pretrained(tmp_path / "mim")
     ViTImageProcessor(image_mean=[0.2], image_std=[0.3]).save_pretrained(tmp_path / "mim")
     flags = [*given(shapes), *TINY, "--epochs", 1, "--learning-rate", 0, "--init-from", tmp_path / "mim"]
+    flags += ["--drop-path-rate", 0.1]
     with pytest.raises(SystemExit, match="2"):
         run_script(*flags, "--output-dir", tmp_path / "run")
     assert "takes 1 channels; give --num-channels 1" in capsys.readouterr().err
     assert run_script(*flags, "--output-dir", tmp_path / "run", "--num-channels", 1) == 0
     detector = load_detector(tmp_path / "run")
+    recipe = script.load_recipe(tmp_path / "run" / "recipe.yaml", script.DetectionRecipe)
+    assert (recipe.embed_dim, recipe.depths, recipe.drop_path_rate) == (
+        8,
+        (2, 2, 2),
+        0.1,
+    )  # of the weights, but the last
     assert (detector.settings.image_mean, detector.settings.image_std) == ((0.2,), (0.3,))
     name = "swin.encoder.layers.1.blocks.1.output.dense.weight"
     found, expected = (model.get_parameter(name) for model in (detector.backbone.body, pretrained))
