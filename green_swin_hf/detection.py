@@ -20,7 +20,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from .configuration_green_swin import GreenSwinConfig
 from .modeling_green_swin import GreenSwinBackbone
-from .training import quiet_transformers
+from .training import _quiet_transformers
 
 _SETTINGS, _WEIGHTS = "detector.json", "model.safetensors"
 _BOX_RESOLUTION, _MASK_RESOLUTION = 7, 14
@@ -214,7 +214,7 @@ def load_backbone(folder: str | os.PathLike[str], **changes: Any) -> GreenSwinBa
     if name.startswith((".", "~", os.sep)) and not Path(name).exists():
         raise ValueError(f"--init-from {name} does not exist; give a folder with a model, or a name on the Hub")
     try:
-        with quiet_transformers():
+        with _quiet_transformers():
             config = GreenSwinConfig.from_pretrained(name, **changes)
             config.out_features = config.stage_names[1:]
             loaded: Any = GreenSwinBackbone.from_pretrained(name, config=config, output_loading_info=True)
