@@ -55,7 +55,6 @@ from green_swin_hf.segmentation_data import (
     SegmentationAugmentation,
     SegmentationDataset,
     WholeImages,
-    find_mask_folders,
     load_images_with_masks,
     read_class_names,
     write_drawn_segmentation,
@@ -98,14 +97,14 @@ def main(argv: list[str] | None = None) -> int:
         pixels = check_data(data)
 
     # From here on files are written.
-    counter = PixelCounter()
+    counter, progress = PixelCounter(), Progress()
     trainer = SegmentationTrainer(
         model,
         trainer_options,
         train_dataset=data["train"],
         eval_dataset=data["validation"],
         compute_metrics=counter,
-        callbacks=[Progress()],
+        callbacks=[progress],
         optimizers=(
             build_optimizer(model, recipe.learning_rate, weight_decay=recipe.weight_decay, betas=recipe.betas),
             None,
@@ -122,7 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     # Train; at the end the weights of the best evaluation are put back
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except (ValueError, OSError, RuntimeError) as error:  # a bad mask, a full disk, memory
+    except (ValueError, OSError) as error:  # a bad mask, a full disk
+        progress.on_train_end()
         return stopped(error, output, is_main)
 
     # Measure and leave the results
@@ -257,11 +257,17 @@ def draw_data(recipe: SegmentationRecipe, folder: Path) -> None:
         raise ValueError("no data given; name a folder with train/images and train/masks: --data FOLDER")
     photos = load_photographs(recipe.drawn_photos)
     if len(photos) < 2:
-        raise ValueError(f"drawn_photos {recipe.drawn_photos} must hold two photographs or more, one of them to test on")
+        raise ValueError(
+            f"drawn_photos {recipe.drawn_photos} must hold two photographs or more, one of them to test on"
+        )
     partial = folder.with_name(f"{folder.name}.partial")
     held_out = max(10, recipe.drawn_images // 8)
     for number, (split, on, count) in enumerate(
-        (("train", photos[:-1], recipe.drawn_images), ("validation", photos[:-1], held_out), ("test", photos[-1:], held_out))
+        (
+            ("train", photos[:-1], recipe.drawn_images),
+            ("validation", photos[:-1], held_out),
+            ("test", photos[-1:], held_out),
+        )
     ):
         write_drawn_segmentation(partial / split, on, count, seed=10 * recipe.seed + number)
     (partial / CLASS_NAMES_FILE).write_text(json.dumps(DRAWN_CLASSES))
@@ -278,14 +284,15 @@ def open_splits(recipe: SegmentationRecipe, output: Path) -> dict[str, ImagesWit
         mask_column=recipe.mask_column,
         subset=recipe.subset,
     )
-    names = {"validation": recipe.validation_split, "test": recipe.test_split}
     splits = {"train": load(split=recipe.split)}
-    folders = find_mask_folders(source)
-    if folders and recipe.validation_split not in folders:
-        names["validation"] = None
-    splits.update({name: load(split=split) for name, split in names.items() if split})
-    if "validation" not in splits:
-        splits.update(hold_out_tenth(splits["train"], recipe.seed))
+    try:
+        splits["validation"] = load(split=recipe.validation_split or "validation")
+    except ValueError as error:
+        if recipe.validation_split or "has no split" not in str(error):
+            raise
+        splits = hold_out_tenth(splits["train"], recipe.seed)
+    if recipe.test_split:
+        splits["test"] = load(split=recipe.test_split)
     for name, split in splits.items():
         if len(split) == 0:
             raise ValueError(f"the {name} split {split.name} is empty; name another one with --{name}-split")
@@ -346,9 +353,8 @@ def build_datasets(
 
 def check_data(data: dict[str, SegmentationDataset]) -> dict[str, torch.Tensor]:
     """Read masks of every split; returns the pixels of each class in those that are measured on."""
-    rows = {name: range(0, len(dataset), 1) for name, dataset in data.items()}
-    rows["train"] = range(0, len(data["train"]), max(1, len(data["train"]) // CHECKED_MASKS))
-    counts = {name: dataset.check(rows[name]) for name, dataset in data.items()}
+    steps = {name: max(1, len(data[name]) // CHECKED_MASKS) if name == "train" else 1 for name in data}
+    counts = {name: dataset.check(range(0, len(dataset), steps[name])) for name, dataset in data.items()}
     for name, pixels in counts.items():
         if pixels.sum() == 0:
             raise ValueError(f"no mask of {data[name].source.name} has a pixel with a class; mend the masks")
@@ -406,10 +412,9 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         names = {"loss": "loss", "learning_rate": "lr", "eval_mean_iou": "validation mean IoU"}
         self.shown.update({names[key]: f"{value:.4g}" for key, value in (logs or {}).items() if key in names})
-        if hasattr(self, "bar"):
-            self.bar.set_postfix(self.shown, refresh=False)
+        self.bar.set_postfix(self.shown, refresh=False)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, *arguments: Any, **kwargs: Any) -> None:
         self.bar.close()
 
 

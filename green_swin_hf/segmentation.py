@@ -87,7 +87,7 @@ def build_upernet(
         pool_scales=list(pool_scales),
         use_auxiliary_head=auxiliary_loss_weight > 0,
         auxiliary_channels=auxiliary_channels,
-        auxiliary_loss_weight=auxiliary_loss_weight,
+        auxiliary_loss_weight=float(auxiliary_loss_weight),
         loss_ignore_index=IGNORED_LABEL,
         id2label=dict(enumerate(class_names)),
         label2id={name: number for number, name in enumerate(class_names)},
@@ -172,6 +172,12 @@ class SegmentationTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return EpochSampler(train_dataset or self.train_dataset, seed=self.args.seed)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # writers of tensors raise their own kinds when the disk is full
+            raise OSError(f"checkpoint {self.state.global_step} cannot be written: {error}") from error
 
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, **options: Any

@@ -34,7 +34,16 @@ from .image_sources import IMAGE_EXTENSIONS, SPLIT_FOLDERS, load_images
 IGNORED_LABEL = 255
 IMAGE_FOLDERS = ("images",)
 MASK_FOLDERS = ("masks", "annotations", "labels")
-MASK_COLUMN_NAMES = ("mask", "masks", "label", "labels", "annotation", "segmentation_mask", "segmentation_map", "segmap")
+MASK_COLUMN_NAMES = (
+    "mask",
+    "masks",
+    "label",
+    "labels",
+    "annotation",
+    "segmentation_mask",
+    "segmentation_map",
+    "segmap",
+)
 CLASS_NAMES_FILE = "classes.json"
 DRAWN_CLASSES = ("background", *SHAPE_NAMES)
 _CROP_TRIES = 10
@@ -195,7 +204,9 @@ def read_class_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
         numbers = [str(number) for number in range(len(content))]
         content = [content[number] for number in numbers] if set(content) == set(numbers) else None
     if not isinstance(content, list) or not all(isinstance(name, str) and name for name in content):
-        raise ValueError(f"class names {path} must be a JSON list of names, or a mapping of the numbers 0, 1, … to names")
+        raise ValueError(
+            f"class names {path} must be a JSON list of names, or a mapping of the numbers 0, 1, … to names"
+        )
     if not 2 <= len(content) <= IGNORED_LABEL or len(set(content)) < len(content):
         raise ValueError(f"class names {path} must be 2 to {IGNORED_LABEL} different names, not {len(content)}")
     return tuple(content)
@@ -278,7 +289,10 @@ class SegmentationDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             ValueError: an image or mask that cannot be read, a label that is no class, two sizes.
         """
         epoch, index = divmod(key, len(self))
-        image, labels = self.read(index)
+        try:
+            image, labels = self.read(index)
+        except CorruptImageError as error:  # whose two arguments a loader's worker could not hand over
+            raise ValueError(str(error)) from error
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mix_seed(self.seed, epoch, index))
             pixel_values, labels = self.transform(image, labels)

@@ -62,6 +62,7 @@ def prediction_figure(
     grid = figure.subplots(rows, 3 * per_row, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
+        axes.set_anchor("N")  # titles in one line above pictures of any shape
     colors = class_colors(len(class_names))
     for index, (image, truth, predicted) in enumerate(zip(images, truths, predictions, strict=True)):
         row, place = divmod(index, per_row)

@@ -20,7 +20,16 @@ class SegmentationRecipe(RecipeFile):
 
     path_keys: ClassVar = ("data", "drawn_photos", "class_names", "init_from")
     # None of these changes a weight (threads: but for the last bits).
-    free_on_resume: ClassVar = ("data", "drawn_photos", "class_names", "init_from", "test_split", "threads", "workers", "log_every")
+    free_on_resume: ClassVar = (
+        "data",
+        "drawn_photos",
+        "class_names",
+        "init_from",
+        "test_split",
+        "threads",
+        "workers",
+        "log_every",
+    )
 
     # Data
     data: str | None = option(None, "folder with train/images and train/masks, or a data set with a column of each")
@@ -28,7 +37,7 @@ class SegmentationRecipe(RecipeFile):
     drawn_photos: str | None = option(None, "folder of photographs to draw on")
     subset: str | None = option(None, "configuration of the data set")
     split: str = option("train", "split to train on")
-    validation_split: str | None = option("validation", "split to choose the best weights on; null: held-out images")
+    validation_split: str | None = option(None, "split to choose the best weights on (default: validation, or a tenth)")
     test_split: str | None = option(None, "split to measure the best weights on, once at the end")
     image_column: str | None = option(None, "column with the images; found by itself where that is clear")
     mask_column: str | None = option(None, "column with the masks; found by itself where that is clear")
@@ -89,7 +98,10 @@ class SegmentationRecipe(RecipeFile):
         return 4 * (self.short_side or 0)
 
     def with_flags(self, flags: dict[str, Any]) -> SegmentationRecipe:
-        """The recipe with flags on top. Pretrained weights bring sizes of their own, which replace those of the recipe.
+        """The recipe with flags on top.
+
+        Pretrained weights bring sizes of their own, which replace those of the recipe. Data instead of drawn images drop
+        the split to test on.
 
         Raises:
             ValueError: as `replace`; or a size is given beside `init_from`.
@@ -100,6 +112,8 @@ class SegmentationRecipe(RecipeFile):
             if given:
                 raise ValueError(f"{given} {changes[given]} is set by the weights of init_from; leave one of them out")
             changes.update(dict.fromkeys(sizes))
+        if changes.get("data") and self.data is None:
+            changes.setdefault("test_split", None)
         return dataclasses.replace(self, **changes)
 
     def model_config(self) -> GreenSwinConfig:
@@ -121,7 +135,15 @@ class SegmentationRecipe(RecipeFile):
 
 def _check_ranges(recipe: SegmentationRecipe) -> None:
     check_finite(recipe)
-    positive = ("drawn_images", "crop_size", "short_side", "head_channels", "auxiliary_channels", "max_steps", "threads")
+    positive = (
+        "drawn_images",
+        "crop_size",
+        "short_side",
+        "head_channels",
+        "auxiliary_channels",
+        "max_steps",
+        "threads",
+    )
     positive += ("gradient_accumulation_steps", "log_every", "validate_every", "keep_checkpoints")
     at_least_zero = ("workers", "warmup_steps", "learning_rate", "weight_decay", "max_grad_norm", "seed")
     at_least_zero += ("auxiliary_loss_weight",)
