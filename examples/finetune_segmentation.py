@@ -250,26 +250,17 @@ def training_arguments(recipe: SegmentationRecipe, output: Path, report_to: str)
 
 
 def draw_data(recipe: SegmentationRecipe, folder: Path) -> None:
-    """Draw the three splits, if a resumed run has not done so; the test images are on a photograph of their own."""
+    """Draw the three splits, if a resumed run has not done so: other shapes on other parts of the same photographs."""
     if folder.is_dir():
         return
     if not recipe.drawn_photos:
         raise ValueError("no data given; name a folder with train/images and train/masks: --data FOLDER")
     photos = load_photographs(recipe.drawn_photos)
-    if len(photos) < 2:
-        raise ValueError(
-            f"drawn_photos {recipe.drawn_photos} must hold two photographs or more, one of them to test on"
-        )
-    partial = folder.with_name(f"{folder.name}.partial")
     held_out = max(10, recipe.drawn_images // 8)
-    for number, (split, on, count) in enumerate(
-        (
-            ("train", photos[:-1], recipe.drawn_images),
-            ("validation", photos[:-1], held_out),
-            ("test", photos[-1:], held_out),
-        )
-    ):
-        write_drawn_segmentation(partial / split, on, count, seed=10 * recipe.seed + number)
+    counts = {"train": recipe.drawn_images, "validation": held_out, "test": held_out}
+    partial = folder.with_name(f"{folder.name}.partial")
+    for number, (split, count) in enumerate(counts.items()):
+        write_drawn_segmentation(partial / split, photos, count, seed=10 * recipe.seed + number)
     (partial / CLASS_NAMES_FILE).write_text(json.dumps(DRAWN_CLASSES))
     partial.rename(folder)
 
@@ -316,13 +307,12 @@ def hold_out_tenth(images: ImagesWithMasks, seed: int) -> dict[str, ImagesWithMa
 
 def build_processor(recipe: SegmentationRecipe) -> SegformerImageProcessor:
     """What prepares whole images, here for evaluation and later for the finished model."""
-    size = {"size": recipe.size} if recipe.size else {}
+    options: dict[str, Any] = {"size": recipe.size} if recipe.size else {"do_resize": False}
     return SegformerImageProcessor(
-        do_resize=recipe.size is not None,
-        **size,
         image_mean=list(recipe.mean),
         image_std=list(recipe.std),
         do_reduce_labels=recipe.reduce_labels,
+        **options,
     )
 
 
@@ -369,8 +359,8 @@ def build_model(recipe: SegmentationRecipe, class_names: tuple[str, ...]) -> Upe
         backbone = load_pretrained_backbone(recipe.init_from, drop_path_rate=recipe.drop_path_rate)
         if backbone.config.num_channels != 3:
             raise ValueError(
-                f"--init-from {recipe.init_from} takes images of {backbone.config.num_channels} channels, these have 3; "
-                "pretrain with --num-channels 3"
+                f"--init-from {recipe.init_from} takes images of {backbone.config.num_channels} channels, these have "
+                "3; pretrain with --num-channels 3"
             )
     else:
         backbone = GreenSwinBackbone(recipe.model_config())
@@ -422,10 +412,8 @@ def stopped(error: Exception, output: Path, is_main: bool) -> int:
     """What a worker process raised arrives with its traceback: the last line says what it was."""
     reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
     if is_main:
-        print(
-            f"finetune_segmentation.py: stopped: {reason}; go on with: {sys.argv[0]} --output-dir {output} --resume auto",
-            file=sys.stderr,
-        )
+        command = f"{sys.argv[0]} --output-dir {output} --resume auto"
+        print(f"finetune_segmentation.py: stopped: {reason}; go on with: {command}", file=sys.stderr)
     return 1
 
 
@@ -473,7 +461,7 @@ def save_results(
         (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
         baseline = metrics["validation"]["commonest_class"]["mean_iou"]
         save_figure(segmentation_curve(trainer.state.log_history, baseline=baseline), folder / "curve.png")
-        save_figure(prediction_figure(*zip(*triples, strict=True), class_names), folder / "predictions.png")
+        save_figure(prediction_figure(triples, class_names), folder / "predictions.png")
 
     return sorted([*replace_files(output, write), "recipe.yaml"])
 
@@ -500,7 +488,7 @@ def print_heading(
     options: TrainingArguments,
     checkpoint: Path | None,
 ) -> None:
-    backbone = model.config.backbone_config
+    backbone = model.backbone.config
     millions = [sum(value.numel() for value in part.parameters()) / 1e6 for part in (model, model.backbone)]
     counts = ", ".join(f"{len(dataset):,} {name}" for name, dataset in data.items())
     images = recipe.batch_size * recipe.gradient_accumulation_steps * options.world_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -171,7 +171,7 @@ class SegmentationTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return EpochSampler(train_dataset or self.train_dataset, seed=self.args.seed)
+        return EpochSampler(cast(Any, train_dataset or self.train_dataset), seed=self.args.seed)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
@@ -180,7 +180,7 @@ class SegmentationTrainer(Trainer):
             raise OSError(f"checkpoint {self.state.global_step} cannot be written: {error}") from error
 
     def compute_loss(
-        self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, **options: Any
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         labels = inputs["labels"]
         is_labelled = (labels != IGNORED_LABEL).any()

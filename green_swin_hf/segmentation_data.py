@@ -1,7 +1,7 @@
 """Images with a class for every pixel: opening data sets, reading masks, augmentation of image and mask together.
 
-A mask is an image of one channel whose pixels are class numbers; 255 is a pixel without a class, which counts neither in
-training nor in evaluation.
+A mask is an image of one channel whose pixels are class numbers; 255 is a pixel without a class, which counts
+neither in training nor in evaluation.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _pair_files(images: Path, masks: Path) -> list[tuple[Path, Path]]:
         ValueError: there are none, one has no counterpart, or two files differ in their ending only.
     """
     found = [_files_by_name(folder) for folder in (images, masks)]
-    for here, there, folder in ((*found, masks), (*reversed(found), images)):
+    for here, there, folder in ((found[0], found[1], masks), (found[1], found[0], images)):
         alone = sorted(set(here) - set(there))
         if alone:
             more = f" (nor have {len(alone) - 1} others)" if len(alone) > 1 else ""
@@ -176,7 +176,7 @@ def _load_columns(
     others = [column for column in source.dataset.column_names if column != source.image_column]
     if mask_column is None:
         mask_column = next((column for column in others if column.lower() in MASK_COLUMN_NAMES), None)
-    if mask_column not in others:
+    if mask_column is None or mask_column not in others:
         raise ValueError(
             f"data set {name!r} has no column {mask_column or 'known to hold masks'!r}; put the files of a folder into "
             f"train/images and train/masks, or set --mask-column to one of: {', '.join(others) or 'none'}"
@@ -433,7 +433,7 @@ class SegmentationAugmentation:
 
     def _is_varied(self, labels: Tensor) -> bool:
         counts = labels.as_subclass(Tensor).flatten().bincount(minlength=IGNORED_LABEL + 1)[:IGNORED_LABEL]
-        return 0 < counts.max() <= self.max_class_share * counts.sum()
+        return bool(0 < counts.max() <= self.max_class_share * counts.sum())
 
 
 class WholeImages:

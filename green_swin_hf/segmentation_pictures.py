@@ -38,9 +38,7 @@ def paint_labels(labels: Tensor, colors: Tensor) -> Tensor:
 
 
 def prediction_figure(
-    images: Sequence[Tensor],
-    truths: Sequence[Tensor],
-    predictions: Sequence[Tensor],
+    triples: Sequence[tuple[Tensor, Tensor, Tensor]],
     class_names: Sequence[str],
     *,
     per_row: int = 2,
@@ -49,14 +47,14 @@ def prediction_figure(
     """Rows of image | truth | prediction, and a legend of the classes that occur (the most frequent ones of many).
 
     Args:
-        images: [3, H, W] uint8 each, of any sizes.
-        truths, predictions: [H, W] class numbers; 255 in a truth is white.
+        triples: image [3, H, W] uint8, truth and prediction [H, W] of class numbers, of any sizes; 255 in a truth is
+            white.
         class_names: of all classes.
         per_row: triples beside each other.
         title: one line above.
     """
-    per_row = min(per_row, len(images))
-    rows = -(-len(images) // per_row)
+    per_row = min(per_row, len(triples))
+    rows = -(-len(triples) // per_row)
     figure = Figure(figsize=(4.9 * per_row, 1.62 * rows + 0.75), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, 3 * per_row, squeeze=False)
@@ -64,14 +62,14 @@ def prediction_figure(
         axes.set_axis_off()
         axes.set_anchor("N")  # titles in one line above pictures of any shape
     colors = class_colors(len(class_names))
-    for index, (image, truth, predicted) in enumerate(zip(images, truths, predictions, strict=True)):
+    for index, (image, truth, predicted) in enumerate(triples):
         row, place = divmod(index, per_row)
         panels = (image.permute(1, 2, 0), paint_labels(truth, colors), paint_labels(predicted, colors))
         for axes, panel, name in zip(grid[row, 3 * place : 3 * place + 3], panels, _COLUMNS, strict=True):
             axes.imshow(panel.numpy(), interpolation="nearest")
             if row == 0:
                 axes.set_title(name, fontsize=10, color=_INK)
-    handles = _legend([*truths, *predictions], class_names, colors)
+    handles = _legend([label for _, *pair in triples for label in pair], class_names, colors)
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), fontsize=9, frameon=False)
     if title:
         figure.suptitle(title, fontsize=11, color=_INK)
@@ -83,7 +81,7 @@ def _legend(labels: Sequence[Tensor], class_names: Sequence[str], colors: Tensor
     assert isinstance(counts, Tensor)
     most = [number for number in counts[: len(class_names)].argsort(descending=True).tolist() if counts[number]]
     shown = sorted(most[:_LEGEND_ENTRIES])
-    handles = [Patch(facecolor=colors[n].tolist(), edgecolor="#888888", label=class_names[n]) for n in shown]
+    handles = [Patch(facecolor=tuple(colors[n].tolist()), edgecolor="#888888", label=class_names[n]) for n in shown]
     if counts[IGNORED_LABEL]:
         handles.append(Patch(facecolor=_IGNORED, edgecolor="#888888", label="no class"))
     return handles

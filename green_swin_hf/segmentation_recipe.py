@@ -100,8 +100,8 @@ class SegmentationRecipe(RecipeFile):
     def with_flags(self, flags: dict[str, Any]) -> SegmentationRecipe:
         """The recipe with flags on top.
 
-        Pretrained weights bring sizes of their own, which replace those of the recipe. Data instead of drawn images drop
-        the split to test on.
+        Pretrained weights bring sizes of their own, which replace those of the recipe. Data instead of drawn images
+        drop the split to test on.
 
         Raises:
             ValueError: as `replace`; or a size is given beside `init_from`.
@@ -136,17 +136,12 @@ class SegmentationRecipe(RecipeFile):
 def _check_ranges(recipe: SegmentationRecipe) -> None:
     check_finite(recipe)
     positive = (
-        "drawn_images",
-        "crop_size",
-        "short_side",
-        "head_channels",
-        "auxiliary_channels",
-        "max_steps",
-        "threads",
-    )
-    positive += ("gradient_accumulation_steps", "log_every", "validate_every", "keep_checkpoints")
-    at_least_zero = ("workers", "warmup_steps", "learning_rate", "weight_decay", "max_grad_norm", "seed")
-    at_least_zero += ("auxiliary_loss_weight",)
+        "drawn_images", "crop_size", "short_side", "head_channels", "auxiliary_channels", "max_steps", "threads",
+        "gradient_accumulation_steps", "log_every", "validate_every", "keep_checkpoints",
+    )  # fmt: skip
+    at_least_zero = (
+        "workers", "warmup_steps", "learning_rate", "weight_decay", "max_grad_norm", "seed", "auxiliary_loss_weight",
+    )  # fmt: skip
     # One image in a batch leaves UperNet's norms of globally pooled features nothing to compute with.
     check_minima(recipe, {**dict.fromkeys(positive, 1), **dict.fromkeys(at_least_zero, 0), "batch_size": 2})
     if recipe.warmup_steps >= recipe.max_steps:

@@ -129,7 +129,7 @@ def test_data_sets_with_a_column_of_images_and_one_of_masks(tmp_path, columns):
     dataset = SegmentationDataset(pairs, None, num_classes=4)
     assert dataset.read(0)[1].unique().tolist() == [3]
     assert dataset.check([0]).tolist() == [0, 0, 0, 120]
-    with pytest.raises(ValueError, match="no column 'nothing'.*--mask-column"):
+    with pytest.raises(ValueError, match=r"no column 'nothing'.*--mask-column"):
         load_images_with_masks(tmp_path / "data.parquet", image_column=columns[0], mask_column="nothing")
 
 
@@ -163,7 +163,7 @@ def test_labels_out_of_range_are_named_and_reduced_labels_start_at_one(tmp_path)
 @pytest.mark.parametrize("content", ['["a"]', '["a", "a"]', '{"1": "a", "2": "b"}', "[1, 2]", "no json"])
 def test_class_names_that_are_none_are_refused(tmp_path, content):
     (tmp_path / "names.json").write_text(content)
-    with pytest.raises(ValueError, match="class names .*names.json"):
+    with pytest.raises(ValueError, match=r"class names .*names.json"):
         read_class_names(tmp_path / "names.json")
     (tmp_path / "names.json").write_text('{"1": "b", "0": "a"}')
     assert read_class_names(tmp_path / "names.json") == ("a", "b")
@@ -377,7 +377,7 @@ def test_evaluation_returns_counts_at_the_size_of_the_labels(tmp_path):
 # Script
 
 TINY = """--crop-size 32 --embed-dim 8 --depths 1 1 1 1 --num-heads 1 1 2 2 --window-size 4 --head-channels 8
---auxiliary-channels 8 --batch-size 4 --max-steps 4 --warmup-steps 1 --validate-every 2 --log-every 1""".split()
+--auxiliary-channels 8 --batch-size 4 --max-steps 4 --warmup-steps 1 --validate-every 2 --log-every 1""".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="module")
@@ -413,6 +413,28 @@ def finished(drawn, tmp_path_factory):
     flags = ["--data", drawn, *TINY, "--test-split", "test", "--short-side", 48, "--output-dir", output]
     assert run_script(*flags) == 0
     return output
+
+
+LEARNING = """--crop-size 48 --embed-dim 16 --depths 1 1 2 1 --num-heads 1 2 4 8 --window-size 6 --head-channels 24
+--auxiliary-channels 16 --batch-size 16 --no-photometric --scale-range 0.9 1.1 --learning-rate 2e-3 --warmup-steps 10
+--max-steps 80 --validate-every 40 --test-split test""".split()  # noqa: SIM905
+
+
+def test_a_short_training_finds_shapes_in_held_out_images_and_an_untrained_model_does_not(tmp_path):
+    photos = load_photographs(PHOTOS)
+    for number, (split, count) in enumerate((("train", 96), ("validation", 8), ("test", 24))):
+        write_drawn_segmentation(tmp_path / "data" / split, photos, count, seed=number, sides=(48, 80))
+        for path in (tmp_path / "data" / split / "masks").iterdir():  # a shape, of whatever kind
+            Image.fromarray(np.minimum(np.array(Image.open(path)), 1)).save(path)
+    (tmp_path / "data" / "classes.json").write_text('["background", "shape"]')
+    scores = {}
+    for name, flags in (("trained", []), ("untrained", ["--learning-rate", 0, "--max-steps", 11])):
+        flags = ["--data", tmp_path / "data", *LEARNING, *flags, "--output-dir", tmp_path / name]
+        assert run_script(*flags) == 0
+        scores[name] = json.loads((tmp_path / name / "metrics.json").read_text())["test"]
+    assert scores["trained"]["mean_iou"] > 0.7
+    assert scores["untrained"]["mean_iou"] < 0.5
+    assert scores["trained"]["commonest_class"]["mean_iou"] < 0.5
 
 
 def test_the_script_leaves_a_model_that_judges_whole_images_as_it_was_judged(finished, drawn):
