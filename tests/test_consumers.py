@@ -1,5 +1,10 @@
 """Who uses the models: detection and segmentation heads on the backbone, Trainer, pipelines."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
@@ -150,12 +155,13 @@ def first_logits(outputs) -> torch.Tensor:
     return outputs[key]
 
 
+def our_module(model: nn.Module) -> GreenSwinBackbone | GreenSwinModel:
+    """The GreenSwin inside."""
+    return next(module for module in model.modules() if isinstance(module, (GreenSwinBackbone, GreenSwinModel)))
+
+
 def our_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Those of the GreenSwin inside."""
-    for module in model.modules():
-        if isinstance(module, (GreenSwinBackbone, GreenSwinModel)):
-            return dict(module.named_parameters())
-    raise AssertionError("no GreenSwin inside")
+    return dict(our_module(model).named_parameters())
 
 
 @pytest.mark.parametrize("consumer", CONSUMERS)
@@ -168,6 +174,8 @@ def test_consumers_train_and_survive_their_files(consumer, tmp_path):
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in our_parameters(model).items()}
     assert [name for name, gradient in gradients.items() if gradient is None or not gradient.isfinite().all()] == []
+    # A bias of all keys changes no softmax; everything else moves the loss.
+    assert [name for name, value in gradients.items() if not value.any() and not name.endswith("key.bias")] == []
 
     model.eval().save_pretrained(tmp_path)
     loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
@@ -182,6 +190,79 @@ def test_consumers_train_and_survive_their_files(consumer, tmp_path):
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
     saved_names = {name: parameter.shape for name, parameter in our_parameters(loaded).items()}
     assert saved_names == {name: parameter.shape for name, parameter in our_parameters(model).items()}
+
+
+OUTPUT_NAMES = ("logits", "pred_boxes", "class_queries_logits", "masks_queries_logits")
+LOAD_IN_A_NEW_PROCESS = f"""if True:
+    import sys, torch, transformers, green_swin_hf
+    from pathlib import Path
+    for folder in Path(sys.argv[1]).iterdir():
+        config = transformers.AutoConfig.from_pretrained(folder)
+        kind = getattr(transformers, config.architectures[0])
+        model, info = kind.from_pretrained(folder, output_loading_info=True)
+        with torch.no_grad():
+            outputs = model.eval()(**torch.load(folder / "given.pt"))
+        tensors = {{name: outputs[name] for name in {OUTPUT_NAMES} if outputs.get(name) is not None}}
+        problems = [name for entries in info.values() for name in entries]
+        torch.save((tensors, problems), folder / "fresh.pt")
+"""
+
+
+def pretrained_composite(consumer: str, pretrained: Path, folder: Path) -> nn.Module:
+    """The composite with the weights of a pretrained folder in its GreenSwin."""
+    model, _ = CONSUMERS[consumer]()
+    if consumer != "vision_encoder_decoder":
+        inside = our_module(model)
+        loaded = GreenSwinBackbone.from_pretrained(pretrained, out_features=inside.config.out_features)
+        inside.load_state_dict(loaded.state_dict())
+        return model
+    model.decoder.save_pretrained(folder / "bert")
+    joined = VisionEncoderDecoderModel.from_encoder_decoder_pretrained(str(pretrained), str(folder / "bert"))
+    joined.config.decoder_start_token_id, joined.config.pad_token_id = 1, 0
+    return joined
+
+
+@pytest.fixture(scope="module")
+def composites(tmp_path_factory):
+    """Of every consumer: its outputs here, and what a new process makes of its folder; and the pretrained weights."""
+    root = tmp_path_factory.mktemp("composites")
+    torch.manual_seed(0)
+    pretrained = GreenSwinForMaskedImageModeling(backbone_config(out_features=None))
+    pretrained.save_pretrained(root / "pretrained")
+    here = {}
+    for consumer in CONSUMERS:
+        model = pretrained_composite(consumer, root / "pretrained", root).eval()
+        folder = root / "saved" / consumer
+        model.save_pretrained(folder)
+        given = {"pixel_values": images(2, rows=96, columns=64)}
+        if consumer == "vision_encoder_decoder":
+            given["decoder_input_ids"] = torch.tensor([[1, 2, 3], [4, 5, 6]])
+        torch.save(given, folder / "given.pt")
+        with torch.no_grad():
+            here[consumer] = model(**given)
+    paths = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", LOAD_IN_A_NEW_PROCESS, str(root / "saved")]
+    variables = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+    assert done.returncode == 0, done.stderr
+    fresh = {consumer: torch.load(root / "saved" / consumer / "fresh.pt") for consumer in CONSUMERS}
+    return here, fresh, pretrained.swin.state_dict(), root / "saved"
+
+
+@pytest.mark.parametrize("consumer", CONSUMERS)
+def test_a_composite_with_pretrained_weights_is_the_same_in_a_new_process(consumer, composites):
+    here, fresh, pretrained, folder = composites
+    tensors, problems = fresh[consumer]
+    assert problems == []
+    assert tensors
+    for name, value in tensors.items():
+        torch.testing.assert_close(value, here[consumer][name], atol=1e-6, rtol=1e-5, msg=name)
+    kind = type(CONSUMERS[consumer]()[0])
+    inside = our_module(kind.from_pretrained(folder / consumer))
+    weights = inside.state_dict() if isinstance(inside, GreenSwinModel) else inside.swin.state_dict()
+    assert len(weights) > 50
+    for name, value in weights.items():
+        torch.testing.assert_close(value, pretrained[name], rtol=0, atol=0, msg=name)
 
 
 @pytest.mark.parametrize("size", [(50, 70), (65, 33)], ids=lambda size: f"{size[0]}x{size[1]}")

@@ -1,0 +1,548 @@
+"""Fine-tune a GreenSwin backbone in UperNet for semantic segmentation: a class for every pixel.
+
+    python examples/finetune_segmentation.py                   # drawn shapes, minutes on a bare CPU
+    python examples/finetune_segmentation.py --data my/data --class-names names.json --init-from outputs/pretrain
+    python examples/finetune_segmentation.py --output-dir outputs/finetune_segmentation --resume auto
+
+`my/data` holds train/images, train/masks, validation/images, … with the same file names in both; a mask has the class
+number of every pixel, 255 for none. Every key of a recipe is a flag as well. Exit codes: 0 done, 1 failed while
+training, 2 wrong input, nothing written.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import (
+    SegformerImageProcessor,
+    TrainerCallback,
+    TrainingArguments,
+    UperNetForSemanticSegmentation,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
+
+from green_swin_hf import GreenSwinBackbone
+from green_swin_hf.checkpointing import replace_files
+from green_swin_hf.data import seeded_generator
+from green_swin_hf.drawn_shapes import load_photographs
+from green_swin_hf.optimization import build_optimizer, native_bf16
+from green_swin_hf.recipe_files import add_recipe_flags, flag_overrides, load_recipe, save_recipe
+from green_swin_hf.segmentation import (
+    PixelCounter,
+    SegmentationTrainer,
+    build_upernet,
+    commonest_class_scores,
+    enlarged_logits,
+    load_pretrained_backbone,
+)
+from green_swin_hf.segmentation_data import (
+    CLASS_NAMES_FILE,
+    DRAWN_CLASSES,
+    ImagesWithMasks,
+    SegmentationAugmentation,
+    SegmentationDataset,
+    WholeImages,
+    load_images_with_masks,
+    read_class_names,
+    write_drawn_segmentation,
+)
+from green_swin_hf.segmentation_recipe import SegmentationRecipe
+from green_swin_hf.training import (
+    OneLineParser,
+    check_output_folder,
+    check_tracker,
+    one_line_errors,
+    unused_folder,
+)
+
+DEFAULT_RECIPE = Path(__file__).resolve().parent / "recipes" / "segmentation" / "drawn_shapes_tiny.yaml"
+DEFAULT_OUTPUT = Path("outputs/finetune_segmentation")
+DRAWN_FOLDER = "drawn_shapes"
+CHECKED_MASKS = 500  # of the training split, before anything starts; the others are checked when they are read
+NUM_PICTURES = 8
+
+
+def main(argv: list[str] | None = None) -> int:
+    started = time.monotonic()
+    transformers_logging.disable_progress_bar()
+    # All that can be wrong with the input shows in this block, before anything is written.
+    with one_line_errors("finetune_segmentation.py"):
+        arguments = parse_arguments(argv)
+        output, checkpoint = find_run(arguments)
+        recipe = read_recipe(arguments, output, checkpoint)
+        check_tracker(arguments.report_to)
+        class_names = find_class_names(recipe)
+        trainer_options = training_arguments(recipe, output, arguments.report_to)
+        set_seed(recipe.seed)
+        model = build_model(recipe, class_names)
+        if recipe.data is None:
+            with trainer_options.main_process_first():
+                draw_data(recipe, output / DRAWN_FOLDER)
+        splits = open_splits(recipe, output)
+        processor = build_processor(recipe)
+        data = build_datasets(recipe, splits, processor, len(class_names))
+        pixels = check_data(data)
+
+    # From here on files are written.
+    counter, progress = PixelCounter(), Progress()
+    trainer = SegmentationTrainer(
+        model,
+        trainer_options,
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
+        compute_metrics=counter,
+        callbacks=[progress],
+        optimizers=(
+            build_optimizer(model, recipe.learning_rate, weight_decay=recipe.weight_decay, betas=recipe.betas),
+            None,
+        ),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    is_main = trainer.is_world_process_zero()
+    if is_main:
+        output.mkdir(parents=True, exist_ok=True)
+        save_recipe(recipe, output / "recipe.yaml")
+        print_heading(recipe, model, data, class_names, output, trainer_options, checkpoint)
+
+    # Train; at the end the weights of the best evaluation are put back
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (ValueError, OSError) as error:  # a bad mask, a full disk
+        progress.on_train_end()
+        return stopped(error, output, is_main)
+
+    # Measure and leave the results
+    baselines = {name: commonest_class_scores(counts) for name, counts in pixels.items()}
+    metrics = measure(trainer, counter, data, class_names, baselines)
+    if is_main:
+        names = save_results(output, trainer, processor, data, metrics, class_names)
+        print_results(output, names, metrics, class_names, time.monotonic() - started, recipe)
+    trainer.accelerator.end_training()
+    return 0
+
+
+# Settings
+
+
+def parse_arguments(argv: list[str] | None) -> Namespace:
+    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--recipe", type=Path, help=f"YAML file (default: {DEFAULT_RECIPE.name}); flags go on top")
+    parser.add_argument("--output-dir", type=Path, help=f"new folder for all results (default: {DEFAULT_OUTPUT}, …-2)")
+    parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
+    trackers = ("none", "tensorboard", "trackio", "wandb")
+    parser.add_argument("--report-to", default="none", choices=trackers, help="also log there (default: none)")
+    add_recipe_flags(parser.add_argument_group("keys of the recipe"), SegmentationRecipe)
+    return parser.parse_args(argv)
+
+
+def find_run(arguments: Namespace) -> tuple[Path, Path | None]:
+    """The output folder, and the checkpoint to go on from (None: a new run). Makes nothing."""
+    if arguments.resume is None:
+        output = arguments.output_dir or unused_folder(DEFAULT_OUTPUT)
+        if output.is_dir() and any(output.iterdir()):
+            raise ValueError(f"output folder {output} is not empty; give another, or go on with its run: --resume auto")
+        check_output_folder(output)
+        return output, None
+    if arguments.resume != "auto":
+        checkpoint = Path(arguments.resume)
+        if not is_whole(checkpoint):
+            raise ValueError(f"--resume {checkpoint} is no whole checkpoint; --resume auto finds the newest one")
+        return arguments.output_dir or checkpoint.resolve().parents[1], checkpoint
+    output = arguments.output_dir or DEFAULT_OUTPUT
+    found = [path for path in (output / "checkpoints").glob("checkpoint-*") if is_whole(path)]
+    if not found:
+        raise ValueError(f"--resume auto: {output} holds no whole checkpoint; name the run with --output-dir")
+    return output, max(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: `Trainer` writes its state last."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return all((checkpoint / name).is_file() for name in ("model.safetensors", "optimizer.pt", "scheduler.pt"))
+
+
+def read_recipe(arguments: Namespace, output: Path, checkpoint: Path | None) -> SegmentationRecipe:
+    """The recipe file (of a resumed run: its own) with the flags on top."""
+    own = output / "recipe.yaml"
+    path = own if checkpoint and not arguments.recipe else arguments.recipe or DEFAULT_RECIPE
+    recipe = load_recipe(path, SegmentationRecipe).with_flags(flag_overrides(arguments, SegmentationRecipe))
+    for name in ("data", "drawn_photos", "class_names", "init_from"):  # absolute, to go on from another folder, too
+        value = getattr(recipe, name)
+        recipe = recipe.replace(**{name: os.path.abspath(value)}) if value and os.path.exists(value) else recipe
+    if checkpoint:
+        for name, (now, before) in recipe.differences(load_recipe(own, SegmentationRecipe)).items():
+            raise ValueError(f"--resume goes on with the same settings: {name} {before} -> {now}; start a new run")
+    if recipe.precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("precision 'fp16' needs a GPU; give --precision bf16 or fp32")
+    if recipe.data is None and recipe.batch_size * recipe.gradient_accumulation_steps > recipe.drawn_images:
+        raise ValueError(f"batch_size {recipe.batch_size} must not exceed drawn_images {recipe.drawn_images}")
+    return recipe
+
+
+def find_class_names(recipe: SegmentationRecipe) -> tuple[str, ...]:
+    if recipe.class_names:
+        return read_class_names(recipe.class_names)
+    if recipe.data is None:
+        return DRAWN_CLASSES
+    beside = Path(recipe.data).expanduser() / CLASS_NAMES_FILE
+    if beside.is_file():
+        return read_class_names(beside)
+    raise ValueError(f"the classes of {recipe.data} have no names; give a JSON list of them: --class-names FILE")
+
+
+def training_arguments(recipe: SegmentationRecipe, output: Path, report_to: str) -> TrainingArguments:
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    automatic = "bf16" if native_bf16(device) else "fp32"
+    precision = automatic if recipe.precision == "auto" else recipe.precision
+    every = min(recipe.validate_every, recipe.max_steps)
+    return TrainingArguments(
+        output_dir=str(output / "checkpoints"),
+        max_steps=recipe.max_steps,
+        warmup_steps=recipe.warmup_steps,
+        lr_scheduler_type="linear",
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=1,  # whole images differ in size
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        seed=recipe.seed,
+        dataloader_num_workers=recipe.workers,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=device.type == "cuda",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        batch_eval_metrics=True,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=recipe.keep_checkpoints + 1,
+        load_best_model_at_end=True,
+        metric_for_best_model="mean_iou",
+        greater_is_better=True,
+        logging_steps=recipe.log_every,
+        report_to=report_to,
+        disable_tqdm=True,
+    )
+
+
+# Data
+
+
+def draw_data(recipe: SegmentationRecipe, folder: Path) -> None:
+    """Draw the three splits, if a resumed run has not done so: other shapes on other parts of the same photographs."""
+    if folder.is_dir():
+        return
+    if not recipe.drawn_photos:
+        raise ValueError("no data given; name a folder with train/images and train/masks: --data FOLDER")
+    photos = load_photographs(recipe.drawn_photos)
+    held_out = max(10, recipe.drawn_images // 8)
+    counts = {"train": recipe.drawn_images, "validation": held_out, "test": held_out}
+    partial = folder.with_name(f"{folder.name}.partial")
+    for number, (split, count) in enumerate(counts.items()):
+        write_drawn_segmentation(partial / split, photos, count, seed=10 * recipe.seed + number)
+    (partial / CLASS_NAMES_FILE).write_text(json.dumps(DRAWN_CLASSES))
+    partial.rename(folder)
+
+
+def open_splits(recipe: SegmentationRecipe, output: Path) -> dict[str, ImagesWithMasks]:
+    """Images to train on, to choose the best weights on, and (maybe) to measure them on."""
+    source = recipe.data or str(output / DRAWN_FOLDER)
+    load = functools.partial(
+        load_images_with_masks,
+        source,
+        image_column=recipe.image_column,
+        mask_column=recipe.mask_column,
+        subset=recipe.subset,
+    )
+    splits = {"train": load(split=recipe.split)}
+    try:
+        splits["validation"] = load(split=recipe.validation_split or "validation")
+    except ValueError as error:
+        if recipe.validation_split or "has no split" not in str(error):
+            raise
+        splits = hold_out_tenth(splits["train"], recipe.seed)
+    if recipe.test_split:
+        splits["test"] = load(split=recipe.test_split)
+    for name, split in splits.items():
+        if len(split) == 0:
+            raise ValueError(f"the {name} split {split.name} is empty; name another one with --{name}-split")
+    needed = recipe.batch_size * recipe.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+    if len(splits["train"]) < needed:
+        raise ValueError(
+            f"batch_size {recipe.batch_size} ({needed} images for an update) must not exceed the "
+            f"{len(splits['train'])} training images"
+        )
+    return splits
+
+
+def hold_out_tenth(images: ImagesWithMasks, seed: int) -> dict[str, ImagesWithMasks]:
+    """A split into images to train on and to choose the best weights on, the same for the same seed."""
+    count = len(images) // 10
+    if count == 0:
+        raise ValueError(f"{images.name} has {len(images)} images, too few to hold a tenth out; add a validation split")
+    order = torch.randperm(len(images), generator=seeded_generator(seed, len(images))).tolist()
+    return {"train": images.select(sorted(order[count:])), "validation": images.select(sorted(order[:count]))}
+
+
+def build_processor(recipe: SegmentationRecipe) -> SegformerImageProcessor:
+    """What prepares whole images, here for evaluation and later for the finished model."""
+    options: dict[str, Any] = {"size": recipe.size} if recipe.size else {"do_resize": False}
+    return SegformerImageProcessor(
+        image_mean=list(recipe.mean),
+        image_std=list(recipe.std),
+        do_reduce_labels=recipe.reduce_labels,
+        **options,
+    )
+
+
+def build_datasets(
+    recipe: SegmentationRecipe,
+    splits: dict[str, ImagesWithMasks],
+    processor: SegformerImageProcessor,
+    num_classes: int,
+) -> dict[str, SegmentationDataset]:
+    augmentation = SegmentationAugmentation(
+        recipe.crop_size,
+        recipe.mean,
+        recipe.std,
+        scale_range=recipe.scale_range,
+        short_side=recipe.short_side,
+        long_side=recipe.long_side,
+        max_class_share=recipe.max_class_share,
+        flip=recipe.flip,
+        photometric=recipe.photometric,
+    )
+    whole = WholeImages(processor)
+    shared: dict[str, Any] = {"num_classes": num_classes, "reduce_labels": recipe.reduce_labels, "seed": recipe.seed}
+    return {
+        name: SegmentationDataset(source, augmentation if name == "train" else whole, **shared)
+        for name, source in splits.items()
+    }
+
+
+def check_data(data: dict[str, SegmentationDataset]) -> dict[str, torch.Tensor]:
+    """Read masks of every split; returns the pixels of each class in those that are measured on."""
+    steps = {name: max(1, len(data[name]) // CHECKED_MASKS) if name == "train" else 1 for name in data}
+    counts = {name: dataset.check(range(0, len(dataset), steps[name])) for name, dataset in data.items()}
+    for name, pixels in counts.items():
+        if pixels.sum() == 0:
+            raise ValueError(f"no mask of {data[name].source.name} has a pixel with a class; mend the masks")
+    return {name: pixels for name, pixels in counts.items() if name != "train"}
+
+
+# Model
+
+
+def build_model(recipe: SegmentationRecipe, class_names: tuple[str, ...]) -> UperNetForSemanticSegmentation:
+    if recipe.init_from:
+        backbone = load_pretrained_backbone(recipe.init_from, drop_path_rate=recipe.drop_path_rate)
+        if backbone.config.num_channels != 3:
+            raise ValueError(
+                f"--init-from {recipe.init_from} takes images of {backbone.config.num_channels} channels, these have "
+                "3; pretrain with --num-channels 3"
+            )
+    else:
+        backbone = GreenSwinBackbone(recipe.model_config())
+    model = build_upernet(
+        backbone,
+        class_names,
+        hidden_size=recipe.head_channels,
+        pool_scales=recipe.pool_scales,
+        auxiliary_channels=recipe.auxiliary_channels,
+        auxiliary_loss_weight=recipe.auxiliary_loss_weight,
+    )
+    # Two images on each GPU are too few for norms over a batch: several GPUs share their statistics.
+    if torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
+
+
+# Training
+
+
+class Progress(TrainerCallback):
+    """A progress bar with the newest loss and mean IoU."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        quiet = 0.5 if sys.stderr.isatty() else 20
+        self.shown: dict[str, str] = {}
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            disable=not state.is_world_process_zero,
+            unit="update",
+            mininterval=quiet,
+            dynamic_ncols=True,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        names = {"loss": "loss", "learning_rate": "lr", "eval_mean_iou": "validation mean IoU"}
+        self.shown.update({names[key]: f"{value:.4g}" for key, value in (logs or {}).items() if key in names})
+        self.bar.set_postfix(self.shown, refresh=False)
+
+    def on_train_end(self, *arguments: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+def stopped(error: Exception, output: Path, is_main: bool) -> int:
+    """What a worker process raised arrives with its traceback: the last line says what it was."""
+    reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    if is_main:
+        command = f"{sys.argv[0]} --output-dir {output} --resume auto"
+        print(f"finetune_segmentation.py: stopped: {reason}; go on with: {command}", file=sys.stderr)
+    return 1
+
+
+# Results
+
+
+def measure(
+    trainer: SegmentationTrainer,
+    counter: PixelCounter,
+    data: dict[str, SegmentationDataset],
+    class_names: tuple[str, ...],
+    baselines: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """Scores of the best weights on each split that is not trained on, beside those of the commonest class."""
+    metrics: dict[str, Any] = {}
+    for name in baselines:
+        loss = trainer.evaluate(data[name])["eval_loss"]
+        scores = {**counter.scores, "class_iou": dict(zip(class_names, counter.scores["class_iou"], strict=True))}
+        baseline = {key: baselines[name][key] for key in ("mean_iou", "pixel_accuracy")}
+        metrics[name] = {"images": len(data[name]), "loss": loss, **scores, "commonest_class": baseline}
+    best = trainer.state.best_model_checkpoint
+    return {"best_update": int(best.rsplit("-", 1)[1]) if best else trainer.state.global_step, **metrics}
+
+
+def save_results(
+    output: Path,
+    trainer: SegmentationTrainer,
+    processor: SegformerImageProcessor,
+    data: dict[str, SegmentationDataset],
+    metrics: dict[str, Any],
+    class_names: tuple[str, ...],
+) -> list[str]:
+    """Write model, processor, metrics, log and pictures; returns their names."""
+    from green_swin_hf.segmentation_pictures import prediction_figure, segmentation_curve
+    from green_swin_hf.visualization import save_figure
+
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    measured = "test" if "test" in data else "validation"
+    triples = predict(model, data[measured], NUM_PICTURES)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
+        baseline = metrics["validation"]["commonest_class"]["mean_iou"]
+        save_figure(segmentation_curve(trainer.state.log_history, baseline=baseline), folder / "curve.png")
+        save_figure(prediction_figure(triples, class_names), folder / "predictions.png")
+
+    return sorted([*replace_files(output, write), "recipe.yaml"])
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, dataset: SegmentationDataset, count: int
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Image, truth and prediction of the first images, as they are evaluated."""
+    device, triples = next(model.parameters()).device, []
+    for index in range(min(count, len(dataset))):
+        image, truth = dataset.read(index)
+        logits = model(pixel_values=dataset[index]["pixel_values"][None].to(device)).logits
+        triples.append((image, truth, enlarged_logits(logits, (truth.shape[0], truth.shape[1]))[0].argmax(0).cpu()))
+    return triples
+
+
+def print_heading(
+    recipe: SegmentationRecipe,
+    model: UperNetForSemanticSegmentation,
+    data: dict[str, SegmentationDataset],
+    class_names: tuple[str, ...],
+    output: Path,
+    options: TrainingArguments,
+    checkpoint: Path | None,
+) -> None:
+    backbone = model.backbone.config
+    millions = [sum(value.numel() for value in part.parameters()) / 1e6 for part in (model, model.backbone)]
+    counts = ", ".join(f"{len(dataset):,} {name}" for name, dataset in data.items())
+    images = recipe.batch_size * recipe.gradient_accumulation_steps * options.world_size
+    precision = "bf16" if options.bf16 else "fp16" if options.fp16 else "fp32"
+    start = f"from {recipe.init_from}" if recipe.init_from else "from scratch"
+    lines = {
+        "data": f"{recipe.data or 'drawn shapes'}: {counts} images, {len(class_names)} classes",
+        "images": f"crops of {recipe.crop_size} px; whole images "
+        + (f"with {recipe.short_side} px on the shorter side" if recipe.short_side else "at their own size"),
+        "model": f"UperNet, {millions[0]:.1f} M parameters, {millions[1]:.1f} M of them the backbone {start}: "
+        f"blocks {'-'.join(map(str, backbone.depths))}, width {backbone.embed_dim}, window {backbone.window_size}",
+        "device": f"{options.device}, {precision}, {options.world_size} process{'es' * (options.world_size > 1)}",
+        "updates": f"{recipe.max_steps:,} of {images} images; learning rate {recipe.learning_rate:.1e}",
+        "output": str(output),
+    }
+    print("Fine-tuning for semantic segmentation")
+    for name, text in lines.items():
+        print(f"  {name:<9} {text}")
+    if checkpoint:
+        print(f"  {'going on':<9} from {checkpoint}")
+    sys.stdout.flush()
+
+
+def print_results(
+    output: Path,
+    names: list[str],
+    metrics: dict[str, Any],
+    class_names: tuple[str, ...],
+    seconds: float,
+    recipe: SegmentationRecipe,
+) -> None:
+    print(f"Done in {seconds / 60:.1f} minutes. Best weights: those of update {metrics['best_update']:,}.")
+    for split in ("validation", "test"):
+        if split not in metrics:
+            continue
+        scores, baseline = metrics[split], metrics[split]["commonest_class"]
+        print(
+            f"  {split} ({scores['images']:,} whole images): mean IoU {scores['mean_iou']:.3f} (the commonest class "
+            f"everywhere: {baseline['mean_iou']:.3f}), pixel accuracy {scores['pixel_accuracy']:.3f} "
+            f"({baseline['pixel_accuracy']:.3f})"
+        )
+    if not math.isfinite(metrics["validation"]["loss"]):
+        print("The loss is not finite: this model is of no use; lower --learning-rate")
+    last = "test" if "test" in metrics else "validation"
+    by_class = [f"{name} {iou:.3f}" for name, iou in metrics[last]["class_iou"].items() if iou is not None]
+    print(f"  IoU of classes ({last}): {', '.join(by_class[:20])}{', …' if len(by_class) > 20 else ''}")
+    print(f"Wrote to {output}: {', '.join(names)}")
+    image = Path(recipe.drawn_photos or ".") / "coffee.png" if recipe.data is None else "IMAGE"
+    print("Next, for example, the classes that it finds in an image:")
+    print(
+        f"""  python -c "import green_swin_hf; from transformers import pipeline; """
+        f"""print([s['label'] for s in pipeline('image-segmentation', model='{output}')('{image}')])" """.rstrip()
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
