@@ -187,6 +187,7 @@ _KIND_NAMES = {
     tuple[int, ...]: "a list of integers",
     tuple[float, ...]: "a list of numbers",
     tuple[float, float]: "two numbers",
+    tuple[str, ...]: "a list of names",
 }
 
 

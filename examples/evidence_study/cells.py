@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 Cell = dict[str, Any]
-KEYS = ("kind", "arm", "seed", "budget")
+KEYS = ("kind", "arm", "seed", "budget", "learning_rate")
 
 
 class Cells:
-    """The lines of a file. A cell is named by its kind, arm, seed and budget (None where it has none).
+    """The lines of a file. A cell is named by `KEYS`, None where it has none.
 
     Raises:
         ValueError: a line is damaged, other than a last one that was cut off.
@@ -35,8 +35,10 @@ class Cells:
     def _cut_last_line(self, line: str) -> None:
         os.truncate(self.path, self.path.stat().st_size - len(line.encode()))
 
-    def find(self, kind: str, arm: str, seed: int, budget: float | None = None) -> Cell | None:
-        return self._cells.get((kind, arm, seed, budget))
+    def find(
+        self, kind: str, arm: str, seed: int, budget: float | None = None, learning_rate: float | None = None
+    ) -> Cell | None:
+        return self._cells.get((kind, arm, seed, budget, learning_rate))
 
     def add(self, cell: Cell) -> Cell:
         """Keep a finished cell, on the disk as well."""
@@ -48,9 +50,21 @@ class Cells:
         self._cells[_name(cell)] = cell
         return cell
 
+    def best_finetuning(self, arm: str, seed: int, budget: float) -> Cell | None:
+        """Of the fine-tunings with several learning rates the one that is best on validation images."""
+        place = (arm, seed, budget)
+        tried = [cell for cell in self.of_kind("finetune") if (cell["arm"], cell["seed"], cell["budget"]) == place]
+        return max(tried, key=lambda cell: cell["validation"], default=None)
+
+    def chosen_finetunings(self) -> list[Cell]:
+        """`best_finetuning` of every arm, seed and budget that has any."""
+        places = dict.fromkeys((cell["arm"], cell["seed"], cell["budget"]) for cell in self.of_kind("finetune"))
+        return [cell for place in places if (cell := self.best_finetuning(*place))]
+
     def of_kind(self, kind: str) -> list[Cell]:
         return [cell for cell in self._cells.values() if cell["kind"] == kind]
 
 
 def _name(cell: Cell) -> tuple[Any, ...]:
-    return tuple(cell[key] for key in KEYS)
+    kind, arm, seed, *rest = KEYS
+    return (cell[kind], cell[arm], cell[seed], *(cell.get(key) for key in rest))

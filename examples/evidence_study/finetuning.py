@@ -157,9 +157,7 @@ def accuracy(model: nn.Module, task: Task, split: Split, device: torch.device) -
     """Share of a split's images whose class gets the largest logit."""
     model.eval()
     right = 0
-    for images, labels in zip(
-        split.images.split(EVALUATION_BATCH), split.labels.split(EVALUATION_BATCH), strict=True
-    ):
+    for images, labels in zip(split.images.split(EVALUATION_BATCH), split.labels.split(EVALUATION_BATCH), strict=True):
         logits = model(pixel_values=task.pixels(images).to(device)).logits
         right += int((logits.argmax(-1).cpu() == labels).sum())
     return right / len(split)

@@ -105,5 +105,5 @@ def _compose(garments: Tensor, backgrounds: Tensor, placement: Placement, draws:
 
 def silhouettes(garments: Tensor) -> Tensor:
     """[N, 1, H, W] float32, 1 on the garment and inside it: its pixels above black, with small dark gaps closed."""
-    inside = max_pool2d((garments > 12).float(), 5, stride=1, padding=2)
-    return 1 - max_pool2d(1 - inside, 5, stride=1, padding=2)
+    inside = max_pool2d((garments > 12).float(), 3, stride=1, padding=1)
+    return 1 - max_pool2d(1 - inside, 3, stride=1, padding=1)

@@ -71,7 +71,7 @@ def pretrain(
     method: str, recipe: EvidenceRecipe, task: Task, seed: int, folder: Path, device: torch.device, epochs: float
 ) -> dict[str, Any]:
     """Pretrain on the training images and save the model to `folder`; returns what a cell keeps of it."""
-    config, images = recipe.model_config(), task.train.images
+    config, images = recipe.model_config(), task.unlabelled
     model = build_masked_model(method, config, seed).to(device).train()
     peak = recipe.learning_rate if method == "green" else recipe.dense_learning_rate
     ratio = recipe.mask_ratio if method == "green" else recipe.dense_mask_ratio

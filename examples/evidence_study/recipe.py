@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from green_swin_hf import GreenSwinConfig
+from green_swin_hf.feature_probes import FEATURE_KINDS
 from green_swin_hf.recipe_files import RecipeFile, check_finite, check_minima, option
 
 from .arms import ARMS
@@ -28,6 +29,7 @@ class EvidenceRecipe(RecipeFile):
     test_images: int | None = option(None, "use the first so many test images; all by default")
     image_size: int = option(48, "pixels of a side; images as they are get a black margin")
     placed_scale: tuple[float, float] = option((0.45, 0.85), "range of the side of a placed image, as a share")
+    placements: int = option(1, "images made of each placed garment to pretrain on; labels are of the first one")
     placed_degrees: float = option(20.0, "largest rotation of a placed image to either side")
     shift: int = option(4, "largest shift of an image in training, in pixels to each side")
     flip: bool = option(True, "mirror half of the images in training")
@@ -63,7 +65,7 @@ class EvidenceRecipe(RecipeFile):
     arms: tuple[str, ...] = option(("scratch", "green", "dense"), f"which of {', '.join(ARMS)}")
     seeds: tuple[int, ...] = option((0, 1, 2), "of weights, masks, and labelled subsets; a cell for each")
     budgets: tuple[float, ...] = option((0.001, 0.01, 0.1, 1.0), "shares of the training images with a label")
-    neighbors: int = option(20, "of the weighted k-NN")
+    features: str = option("pooled", f"what probes see: {', '.join(FEATURE_KINDS)}", tuple(FEATURE_KINDS))
     threads: int = option(1, "threads on the CPU")
     device: str = option("auto", "auto, cpu or cuda")
 
@@ -71,19 +73,21 @@ class EvidenceRecipe(RecipeFile):
         check_finite(self)
         counts = ("batch_size", "finetune_batch_size", "evaluate_every", "patience", "max_steps", "threads")
         check_minima(self, dict.fromkeys((*counts, "validation_images", "train_images", "test_images"), 1))
+        check_minima(self, {"placements": 1, "dense_learning_rate": 0})
         check_minima(self, {"shift": 0, "weight_decay": 0, "warmup": 0, "learning_rate": 0, "placed_degrees": 0})
-        check_minima(self, {"neighbors": 1, "dense_learning_rate": 0})
         self._check_choices()
         self._check_shares()
         self.model_config()
 
     def _check_choices(self) -> None:
+        if self.task == "plain" and self.placements > 1:
+            raise ValueError(f"placements {self.placements} must be 1 for task plain; there is nothing to place")
         for arm in self.arms:
             if arm not in ARMS:
                 raise ValueError(f"arms {arm!r} must be one of {', '.join(ARMS)}")
-        needs_dense = [arm for arm in self.arms if ARMS[arm].time_of_dense is not None]
-        if needs_dense and "dense" not in self.arms:
-            raise ValueError(f"arms {needs_dense[0]!r} takes its time from that of 'dense'; add it to the arms")
+        timed = [arm for arm in self.arms if ARMS[arm].time_of_dense is not None]
+        if timed and not {"green", "dense"} <= set(self.arms):
+            raise ValueError(f"arms {timed[0]!r} takes its time from those of 'green' and 'dense'; add both to arms")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device {self.device!r} must be auto, cpu or cuda")
         for name in ("seeds", "budgets", "arms"):

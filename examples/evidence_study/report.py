@@ -70,7 +70,7 @@ def _headings(counts: dict[float, int]) -> list[str]:
 
 
 def _finetuning_table(cells: Cells) -> str:
-    done, counts = cells.of_kind("finetune"), label_counts(cells)
+    done, counts = cells.chosen_finetunings(), label_counts(cells)
     rows = []
     for arm in _arms_of(done):
         of_arm = [_select(done, arm, budget) for budget in counts]
@@ -90,18 +90,19 @@ def _updates(part: Sequence[Cell]) -> str:
     if not part:
         return "-"
     all_steps, best = (statistics.mean(cell[key] for cell in part) for key in ("steps", "best_step"))
-    return f"{all_steps:,.0f}, {best:,.0f}" + "" if all(c["is_flat"] for c in part) else f"{all_steps:,.0f}* , {best:,.0f}"
+    star = "" if all(cell["is_flat"] for cell in part) else "*"
+    return f"{all_steps:,.0f}{star}, {best:,.0f}"
 
 
 def gains(cells: Cells) -> list[dict[str, Any]]:
     """Points of test accuracy above scratch with the same seed and labels, for each arm and budget."""
-    done, found = cells.of_kind("finetune"), []
+    done, found = cells.chosen_finetunings(), []
     for arm in _arms_of(done):
         for budget, count in label_counts(cells).items():
             pairs = [
                 (cell["test"], scratch["test"])
                 for cell in _select(done, arm, budget)
-                if (scratch := cells.find("finetune", "scratch", cell["seed"], budget))
+                if (scratch := cells.best_finetuning("scratch", cell["seed"], budget))
             ]
             if arm != "scratch" and pairs:
                 points = [round(100 * (mine - theirs), 2) for mine, theirs in pairs]
@@ -174,7 +175,7 @@ def draw(cells: Cells, path: Path, title: str = "") -> None:
 
 def _draw_finetuning(axes: Any, cells: Cells) -> None:
     axes.set_title("fine-tuning until flat", fontsize=10)
-    done = cells.of_kind("finetune")
+    done = cells.chosen_finetunings()
     for arm in _arms_of(done):
         colour, marker = STYLES[arm]
         _draw_line(axes, done, arm, "test", cells, label=ARMS[arm].title, color=colour, marker=marker)

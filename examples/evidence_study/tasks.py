@@ -35,8 +35,16 @@ class Split:
 
 @dataclass(frozen=True)
 class Task:
-    """What a study trains on. `train` gives the unlabelled images and, for a budget, the labelled ones among them."""
+    """What a study trains on.
 
+    Attributes:
+        unlabelled: [N, 1, S, S] uint8, what encoders are pretrained on; those of `train` come first.
+        train: what labelled images are drawn from.
+        validation, test: what chooses, and what counts.
+        mean, std, shift, flip: as in the recipe.
+    """
+
+    unlabelled: Tensor
     train: Split
     validation: Split
     test: Split
@@ -92,8 +100,17 @@ def load_task(recipe: EvidenceRecipe) -> Task:
     read = {name: _read(splits[name], limits[name]) for name in splits}
     photos = _read_photos(recipe.photos) if recipe.task == "placed" else []
     done = {name: _as_task(split, recipe, photos, _SPLITS[name]) for name, split in read.items()}
+    again = [
+        _as_task(read["train"], recipe, photos, len(_SPLITS) + number).images for number in range(recipe.placements - 1)
+    ]
     return Task(
-        **done, class_names=train.class_names, mean=recipe.mean, std=recipe.std, shift=recipe.shift, flip=recipe.flip
+        unlabelled=torch.cat([done["train"].images, *again]),
+        **done,
+        class_names=train.class_names,
+        mean=recipe.mean,
+        std=recipe.std,
+        shift=recipe.shift,
+        flip=recipe.flip,
     )
 
 
