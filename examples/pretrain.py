@@ -57,7 +57,9 @@ from green_swin_hf.data import (
     load_images,
     mask_unit_multiple,
 )
+from green_swin_hf.feature_probes import Accuracy
 from green_swin_hf.hub_upload import prepare_upload, upload_files
+from green_swin_hf.online_probe import OnlineProbe, open_probe
 from green_swin_hf.optimization import build_optimizer, cosine_schedule, native_bf16, scaled_learning_rate
 from green_swin_hf.pretraining_recipe import PretrainingRecipe
 from green_swin_hf.recipe_files import add_recipe_flags, flag_overrides, load_recipe, save_recipe
@@ -106,8 +108,10 @@ class Run:
     fixed_batches: list[dict[str, Any]]
     reference_loss: float | None
     has_held_out: bool
+    online_probe: OnlineProbe | None = None
     log: TrainingLog | None = None  # of the main process only
     final_loss: float | None = None
+    probed: Accuracy | None = None
     named_images: set[str] = field(default_factory=set)
 
     @property
@@ -138,6 +142,7 @@ def main(argv: list[str] | None = None) -> int:
             batch_size=64,
             seed=recipe.seed,
         )
+        online_probe = open_probe(recipe, unchanged)
         images_per_update = recipe.batch_size * accelerator.num_processes * recipe.gradient_accumulation_steps
         updates_per_epoch, total_updates = count_run(recipe, source, accelerator.num_processes)
         refuse_changes(resumed, recipe, source, accelerator.num_processes)
@@ -161,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(
         recipe, output, accelerator, build_processor(recipe, config), model, optimizer, scheduler, state,
         images_per_update, updates_per_epoch, total_updates, source.num_images, fixed, reference,
-        held_out is not None,
+        held_out is not None, online_probe,
     )  # fmt: skip
     set_seed(recipe.seed + 1 + accelerator.process_index)  # stochastic depth differs between processes
     if checkpoint:
@@ -177,6 +182,8 @@ def main(argv: list[str] | None = None) -> int:
 
     # Train
     model.train()
+    if state.update == 0:
+        probe(run)
     stop_at = min(total_updates, state.update + (arguments.stop_after or total_updates))
     batches = iter(loader)
     since, images_since = time.monotonic(), 0
@@ -200,6 +207,8 @@ def main(argv: list[str] | None = None) -> int:
                 log_update(run, progress, loss, learning_rate, grad_norm, speed)
                 since, images_since = time.monotonic(), 0
             aside = time.monotonic()
+            if due(run, recipe.probe_every * (updates_per_epoch or 0), total_updates):
+                probe(run)
             if due(run, recipe.validate_every, total_updates):
                 measure(run)
             if due(run, recipe.save_every, stop_at):
@@ -532,6 +541,8 @@ def log_update(
         run.log.write(entry)
     accelerator.log({k: v for k, v in entry.items() if k != "step" and v is not None}, step=state.update)
     shown = {"loss": f"{entry['loss']:.4f}", "lr": f"{learning_rate:.2e}", "images/s": f"{speed:,.0f}"}
+    if run.probed:
+        shown["k-NN"] = f"{run.probed.value:.3f}"
     progress.set_postfix(shown, refresh=False)
 
 
@@ -553,6 +564,16 @@ def measure(run: Run) -> float | None:
         run.log.write({"step": run.state.update, "epoch": run.epoch, **entry})
         run.accelerator.log(entry, step=run.state.update)
     return loss
+
+
+def probe(run: Run) -> None:
+    """Accuracy of weighted k-NN on frozen features, logged; computed by the main process, the others wait for it."""
+    if run.log and run.online_probe:
+        encoder = run.accelerator.unwrap_model(run.model).swin
+        run.probed = run.online_probe(encoder, run.accelerator.device)
+        entry = {"probe_accuracy": run.probed.value, "probe_standard_error": run.probed.standard_error}
+        run.log.write({"step": run.state.update, "epoch": run.epoch, **entry})
+        run.accelerator.log(entry, step=run.state.update)
 
 
 def save(run: Run) -> None:
@@ -653,6 +674,11 @@ def draw_loss_curve(run: Run) -> None:
         mean_prediction_loss=run.reference_loss,
         validation=validation,
         validated_on="held-out images" if run.has_held_out else "some training images",
+        probes=[
+            (entry[x], entry["probe_accuracy"], entry["probe_standard_error"])
+            for entry in entries
+            if "probe_accuracy" in entry
+        ],
         x=x,
     )
     save_figure(figure, run.output / "loss_curve.png")
@@ -725,6 +751,8 @@ def print_heading(
         f"learning rate {peak:.2e} after {warmup}",
         "output": str(run.output),
     }
+    if run.online_probe:
+        lines["k-NN probe"] = f"every {recipe.probe_every} epochs: {run.online_probe}"
     accelerator.print("Pretraining GreenSwin")
     for name, text in lines.items():
         accelerator.print(f"  {name:<12} {text}")
@@ -749,6 +777,12 @@ def print_results(run: Run, config: GreenSwinConfig, written: list[str], seconds
             f"Loss on {measured_on(run)} with fixed masks: {run.final_loss:.4f}. "
             f"Predicting each unit's mean scores {run.reference_loss:.4f} on the same: "
             f"the model's loss is {abs(change):.0%} {'lower' if change < 0 else 'higher'}."
+        )
+    if run.probed and run.log:
+        before = next(entry for entry in run.log.entries() if "probe_accuracy" in entry)
+        say(
+            f"Weighted k-NN on frozen features, {run.online_probe}: accuracy {run.probed} at the end, "
+            f"{before['probe_accuracy']:.3f} after update {before['step']}."
         )
     say(f"Wrote to {run.output}: {', '.join(written)}")
     rows, columns = as_pair(config.image_size)

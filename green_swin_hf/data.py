@@ -141,13 +141,15 @@ class PretrainingTransform(_ImageTransform):
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
         """[C, H, W] uint8 of any size → [C, rows, columns] float32; all randomness from `generator`."""
+        return self._normalized(self._random_view(image, generator))
+
+    def _random_view(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        """The crop, perhaps mirrored, still uint8."""
         image = self._padded(image)
         height, width = image.shape[-2:]
         box = sample_crop_box((height, width), self.crop_scale, self.crop_ratio, generator)
         image = self._resized(image, box)
-        if torch.rand((), generator=generator).item() < self.flip:
-            image = image.flip(-1)
-        return self._normalized(image)
+        return image.flip(-1) if torch.rand((), generator=generator).item() < self.flip else image
 
 
 @dataclass(frozen=True)

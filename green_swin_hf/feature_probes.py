@@ -9,10 +9,11 @@ scikit-learn is needed by the linear probe alone.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +45,14 @@ FeatureFunction = Callable[[Tensor], Mapping[str, Tensor]]
 
 
 # Features
+
+
+@dataclass(frozen=True)
+class LabelledFeatures:
+    """Features `[N, D]` float32 of N images by name, and their labels `[N]` int64, on the CPU."""
+
+    features: dict[str, Tensor]
+    labels: Tensor
 
 
 @torch.no_grad()
@@ -102,7 +111,7 @@ def extract_features(
     workers: int = 0,
     device: torch.device | str = "cpu",
     progress: str | None = None,
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> LabelledFeatures:
     """Features of all images by name and their labels, in order, on the CPU. No random state is touched.
 
     Args:
@@ -112,9 +121,6 @@ def extract_features(
         workers: processes that read images.
         device: where the functions compute.
         progress: what the progress bar says; none without it.
-
-    Returns:
-        Features `[N, D]` float32 by name, and labels `[N]` int64.
     """
     # A generator of its own: a loader draws from the global one otherwise, and the training beside would change.
     loader = DataLoader(images, batch_size, num_workers=workers, generator=torch.Generator(), collate_fn=_stack)
@@ -126,7 +132,7 @@ def extract_features(
             for name, values in function(pixel_values).items():
                 features.setdefault(name, []).append(values.cpu())
         labels.append(batch["labels"])
-    return {name: torch.cat(parts) for name, parts in features.items()}, torch.cat(labels)
+    return LabelledFeatures({name: torch.cat(parts) for name, parts in features.items()}, torch.cat(labels))
 
 
 def _stack(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -145,7 +151,7 @@ class Accuracy:
 
     Attributes:
         value: in 0 … 1.
-        standard_error: of the share as an estimate for all images like these, √(p·(1 − p) / n). It says nothing of
+        standard_error: of the share as an estimate for all images like these, √(p·(1 - p) / n). It says nothing of
             other random seeds.
         num_images: n.
     """
@@ -289,14 +295,105 @@ def fit_linear_probe(
     if len(bank_labels.unique()) < 2:
         raise ValueError("a linear probe needs labelled images of at least 2 classes; give more of them")
     scaler = StandardScaler().fit(bank.numpy())
-    fitted: list[LinearProbe] = []
-    weights: dict[str, Any] = {}  # each fit starts from the one before, which saves most of its work
+    features = scaler.transform(bank.numpy())
+    # Each fit starts from the one before, which saves most of its work. One that has not converged is judged on
+    # validation images like any other, so scikit-learn's warning is of no use here.
+    classifier = LogisticRegression(warm_start=True, max_iter=200, tol=1e-3)
+    best: LinearProbe | None = None
     for strength in tqdm(sorted(inverse_strengths), desc=progress, disable=progress is None, leave=False, unit="fit"):
-        classifier = LogisticRegression(C=strength, max_iter=200, tol=1e-3, warm_start=True)
-        vars(classifier).update(weights)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # not converged: weak regularisation, which validation judges as well
-            classifier.fit(scaler.transform(bank.numpy()), bank_labels.numpy())
-        weights = {name: getattr(classifier, name).copy() for name in ("coef_", "intercept_")}
-        fitted.append(_validated(scaler, classifier, num_classes, strength, validation, validation_labels))
-    return max(fitted, key=lambda probe: (probe.validation.value, -probe.inverse_strength))
+            warnings.simplefilter("ignore")
+            classifier.set_params(C=strength).fit(features, bank_labels.numpy())
+        fitted = LinearProbe(scaler, copy.deepcopy(classifier), num_classes, strength, Accuracy(0.0, 0.0, 0))
+        validated = Accuracy.of(is_among_top(fitted.scores(validation), validation_labels))
+        if best is None or validated.value > best.validation.value:
+            best = replace(fitted, validation=validated)
+    assert best is not None
+    return best
+
+
+# All of it
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What both probes say of one kind of features on the test images.
+
+    Attributes:
+        dimension: of the features.
+        knn, linear: accuracy of weighted k-NN and of the linear probe.
+        inverse_strength: of the linear probe's regularisation.
+        validation: accuracy of the linear probe on the images that chose it.
+        knn_is_right, linear_is_right: [N] bool, image by image.
+    """
+
+    dimension: int
+    knn: Accuracy
+    linear: Accuracy
+    inverse_strength: float
+    validation: Accuracy
+    knn_is_right: Tensor
+    linear_is_right: Tensor
+
+
+def judge_features(
+    bank: LabelledFeatures,
+    validation: LabelledFeatures,
+    test: LabelledFeatures,
+    num_classes: int,
+    *,
+    name: str,
+    neighbours: int = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+    progress: bool = False,
+) -> Judgement:
+    """Both probes on the features `name`: the bank teaches, validation chooses the regularisation, test counts once."""
+    train = bank.features[name], bank.labels
+    tested = test.features[name]
+    shares = weighted_knn(*train, tested, num_classes, neighbours=neighbours, temperature=temperature)
+    linear = fit_linear_probe(
+        *train,
+        validation.features[name],
+        validation.labels,
+        num_classes,
+        progress=f"linear probe, {name}" if progress else None,
+    )
+    knn_is_right = is_among_top(shares, test.labels)
+    linear_is_right = is_among_top(linear.scores(tested), test.labels)
+    return Judgement(
+        tested.shape[1],
+        Accuracy.of(knn_is_right),
+        Accuracy.of(linear_is_right),
+        linear.inverse_strength,
+        linear.validation,
+        knn_is_right,
+        linear_is_right,
+    )
+
+
+def count_shared_images(bank: Tensor, tested: Tensor) -> int:
+    """How many rows of `tested` `[N, D]` are rows of `bank` `[M, D]` as well, number for number."""
+    known = {row.tobytes() for row in bank.numpy()}
+    return sum(row.tobytes() in known for row in tested.numpy())
+
+
+__all__ = [
+    "FEATURE_KINDS",
+    "INVERSE_STRENGTHS",
+    "NEIGHBOURS",
+    "TEMPERATURE",
+    "Accuracy",
+    "Judgement",
+    "LabelledFeatures",
+    "LinearProbe",
+    "count_shared_images",
+    "extract_features",
+    "fit_linear_probe",
+    "frozen_features",
+    "is_among_top",
+    "judge_features",
+    "paired_difference",
+    "pixel_features",
+    "random_encoder",
+    "weighted_knn",
+]

@@ -43,6 +43,7 @@ class PretrainingRecipe(RecipeFile):
     # None of these changes a weight (threads: but for the last bits).
     free_on_resume: ClassVar = (
         "data", "threads", "workers", "log_every", "save_every", "keep_checkpoints", "stop_after_skipped",
+        "label_column", "probe_every", "probe_bank_images", "probe_images",
     )  # fmt: skip
 
     # Data
@@ -101,6 +102,10 @@ class PretrainingRecipe(RecipeFile):
     # What is kept
     log_every: int = option(10, "updates between two lines of the log")
     validate_every: int = option(0, "updates between two measurements on held-out images, 0: only at the end")
+    probe_every: int = option(0, "epochs between two k-NN probes of the features on held-out images, 0 for none")
+    probe_bank_images: int = option(10000, "labelled training images of such a probe, at most")
+    probe_images: int = option(1000, "held-out images that it classifies, at most")
+    label_column: str | None = option(None, "column with the classes, for the probe; found by itself where it can be")
     save_every: int = option(500, "updates between two checkpoints, 0 for none")
     keep_checkpoints: int = option(2, "newest checkpoints that are kept")
 
@@ -128,7 +133,7 @@ class PretrainingRecipe(RecipeFile):
         """
         defaults = {item.name: item.default for item in dataclasses.fields(self)}
         about = {
-            "data": ("subset", "split", "validation_split", "image_column"),
+            "data": ("subset", "split", "validation_split", "image_column", "label_column"),
             "num_channels": ("mean", "std"),
         }
         dropped = [name for key, names in about.items() if key in flags for name in names]
@@ -154,11 +159,9 @@ class PretrainingRecipe(RecipeFile):
 def _check_ranges(recipe: PretrainingRecipe) -> None:
     at_least = {
         **dict.fromkeys(("batch_size", "gradient_accumulation_steps", "log_every", "num_channels"), 1),
-        **dict.fromkeys(("keep_checkpoints", "stop_after_skipped"), 1),
-        **dict.fromkeys(
-            ("workers", "pad", "save_every", "validate_every", "validation_images", "warmup_epochs", "seed"),
-            0,
-        ),
+        **dict.fromkeys(("keep_checkpoints", "stop_after_skipped", "probe_bank_images", "probe_images"), 1),
+        **dict.fromkeys(("workers", "pad", "save_every", "validate_every", "validation_images"), 0),
+        **dict.fromkeys(("probe_every", "warmup_epochs", "seed"), 0),
         **dict.fromkeys(("weight_decay", "max_grad_norm", "min_lr_ratio", "learning_rate"), 0),
     }
     check_finite(recipe)

@@ -162,8 +162,10 @@ def checked(entries: dict[str, Any], kind: type[RecipeFile]) -> dict[str, Any]:
     checked = {name: _typed(kind, name, value) for name, value in entries.items()}
     for name, value in checked.items():
         choices = known[name].metadata["choices"]
-        if choices and value is not None and value not in choices:
-            raise ValueError(f"{name} {value!r} must be one of {', '.join(choices)}")
+        items = value if isinstance(value, tuple) else (value,)
+        if choices and not all(item is None or item in choices for item in items):
+            wrong = next(item for item in items if item not in choices)
+            raise ValueError(f"{name} {wrong!r} must be one of {', '.join(choices)}")
     return checked
 
 
@@ -186,6 +188,7 @@ _KIND_NAMES = {
     types.NoneType: "null",
     tuple[int, ...]: "a list of integers",
     tuple[float, ...]: "a list of numbers",
+    tuple[str, ...]: "a list of words",
     tuple[float, float]: "two numbers",
     tuple[str, ...]: "a list of names",
 }

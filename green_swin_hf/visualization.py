@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -113,25 +113,28 @@ def loss_figure(
     mean_prediction_loss: float | None = None,
     validation: Sequence[tuple[float, float | None]] = (),
     validated_on: str = "held-out images",
+    probes: Sequence[tuple[float, float, float]] = (),
     title: str = "",
     x: str = "epoch",
 ) -> Figure:
-    """The loss over epochs, as logged and smoothed, above a small panel with the learning rate.
+    """The loss over epochs, as logged and smoothed, above small panels with the probes, if any, and the learning rate.
 
     Args:
         log: entries with `x`, `loss` and `learning_rate`, oldest first; entries whose loss is None are left out.
         mean_prediction_loss: loss of predicting each unit's mean of the images of `validation`, drawn as a dashed line.
         validation: pairs of `x` and loss on whole images with fixed masks; pairs without a loss are left out.
         validated_on: what these images are.
+        probes: `x`, accuracy and its standard error of every k-NN probe on frozen features.
         title: one line above the picture.
         x: what the horizontal axis counts, `"epoch"` or `"step"`.
     """
     entries = [entry for entry in log if entry.get("loss") is not None]
     epochs = [entry[x] for entry in entries]
     losses = [entry["loss"] for entry in entries]
-    figure = Figure(figsize=(7.2, 4.4), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(7.2, 5.8 if probes else 4.4), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    heights = (4, 1.7, 1) if probes else (4, 1)
+    upper, *middle, lower = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     upper.plot(epochs, losses, color=_BLUE, alpha=0.35, linewidth=0.8, label="training (random crops), logged")
     upper.plot(epochs, _smoothed(losses), color=_BLUE, linewidth=2, label="training (random crops), smoothed")
     measured = [(place, loss) for place, loss in validation if loss is not None and math.isfinite(loss)]
@@ -146,15 +149,61 @@ def loss_figure(
     upper.set_ylabel("loss")
     # Above the axes, so that neither curve nor reference line runs through it.
     figure.legend(fontsize=8, frameon=False, ncols=2, loc="outside upper left")
+    for axes in middle:
+        _draw_probes(axes, probes)
     lower.plot(epochs, [entry["learning_rate"] for entry in entries], color=_GREEN, linewidth=1.5)
     lower.set_ylabel("learning\nrate")
     lower.set_ylim(bottom=0)
     lower.set_xlabel("update" if x == "step" else x)
     lower.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
-    for axes in (upper, lower):
+    for axes in (upper, *middle, lower):
         axes.grid(True, color="#DDDDDD", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.01)
+    if title:
+        figure.suptitle(title, fontsize=10, x=0.01, ha="left", color=_INK)
+    return figure
+
+
+def accuracy_figure(
+    names: Sequence[str],
+    bars: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    chance: float | None = None,
+    title: str = "",
+) -> Figure:
+    """Horizontal bars with their values written beside them, the first name on top.
+
+    Args:
+        names: of the groups of bars.
+        bars: by series, (accuracy, standard error) for each name. At most three series.
+        chance: drawn as a dashed line, what the most frequent class alone would score.
+        title: one line above the picture.
+    """
+    height = 0.9 + len(names) * (0.16 + 0.2 * len(bars))
+    figure = Figure(figsize=(7.2, height), facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    thickness = 0.8 / len(bars)
+    for index, (series, values) in enumerate(bars.items()):
+        places = [row + (index - (len(bars) - 1) / 2) * thickness for row in range(len(names))]
+        widths, errors = zip(*values, strict=True)
+        axes.barh(
+            places, widths, 0.92 * thickness, xerr=errors, label=series, color=(_BLUE, _ORANGE, _GREEN)[index],
+            error_kw={"ecolor": _INK, "elinewidth": 1, "capsize": 2},
+        )  # fmt: skip
+        for place, width, error in zip(places, widths, errors, strict=True):
+            axes.text(width + error + 0.008, place, f"{width:.3f}", va="center", fontsize=8, color=_INK)
+    if chance is not None:
+        axes.axvline(chance, color=_INK, linestyle="--", linewidth=1, label="always the most frequent class")
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.09)  # room for what is written beside a full bar
+    axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    axes.set_xlabel("accuracy")
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(bars) > 1 or chance is not None:
+        figure.legend(fontsize=8, frameon=False, ncols=3, loc="outside upper left")
     if title:
         figure.suptitle(title, fontsize=10, x=0.01, ha="left", color=_INK)
     return figure
@@ -168,6 +217,14 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) ->
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _draw_probes(axes: Axes, probes: Sequence[tuple[float, float, float]]) -> None:
+    places, accuracies, errors = zip(*probes, strict=True)
+    axes.errorbar(places, accuracies, errors, fmt="o-", color=_ORANGE, markersize=4, linewidth=1.5, capsize=3)
+    axes.set_ylabel("accuracy")
+    title = "weighted k-NN on frozen features of held-out images, ± standard error"
+    axes.set_title(title, fontsize=8, loc="left", color=_INK)
 
 
 def _pixel_mask(images: Tensor, bool_masked_pos: Tensor, unit: int) -> Tensor:
@@ -207,6 +264,7 @@ def _limit_to_most(axes: Axes, values: Sequence[float], reference: float | None)
 
 
 __all__ = [
+    "accuracy_figure",
     "loss_figure",
     "masked_images",
     "paste_reconstruction",

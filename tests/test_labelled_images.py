@@ -140,7 +140,6 @@ WRONG = {
     "class without images": ([0, 2], INTEGER, {}, "no image of class '1' (1 of 3 classes"),
     "other classes": (["a", "c"], TEXT, {"class_names": ("a", "b")}, "the class 'c', which is not among the 2 known"),
     "more classes": ([0, 2], INTEGER, {"class_names": ("a", "b")}, "class 2, but there are 2 classes"),
-    "no rows": ([], TEXT, {}, "has no rows"),
 }
 
 
@@ -151,6 +150,13 @@ def test_wrong_labels_are_named_with_the_remedy(tmp_path, labels, feature, optio
         load_labelled_images(path, **options)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_split_without_images_is_named(tmp_path):
+    images = load_labelled_images(write_parquet(tmp_path / "a.parquet", [0, 1], INTEGER))
+    images.select([]).source.dataset.save_to_disk(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=r"split 'train'.* has no rows; give another --split"):
+        load_labelled_images(tmp_path / "empty")
 
 
 def test_folders_that_are_no_classes_are_named(folders):
