@@ -81,7 +81,7 @@ def probe(
     results = []
     for subset in subsets:
         bank = _rows(found["bank"], [place_of[row] for row in subset])
-        judged = judge_features("features", bank, found["validation"], found["test"], len(task.class_names))
+        judged = judge_features(bank, found["validation"], found["test"], len(task.class_names), name="features")
         results.append({"knn": judged.knn.value, "linear": judged.linear.value, "dimension": judged.dimension})
     return results
 

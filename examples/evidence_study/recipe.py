@@ -18,7 +18,16 @@ class EvidenceRecipe(RecipeFile):
 
     path_keys: ClassVar = ("data", "photos")
     # They add or leave out cells, or change the time that they take, but no number in them.
-    free_on_resume: ClassVar = ("data", "photos", "arms", "seeds", "budgets", "threads", "device")
+    free_on_resume: ClassVar = (
+        "data",
+        "photos",
+        "arms",
+        "seeds",
+        "budgets",
+        "finetune_learning_rates",
+        "threads",
+        "device",
+    )
 
     # Data
     data: str = option("", "labelled data set of grey images: folder, Parquet file, or name of a data set on the Hub")
@@ -59,7 +68,7 @@ class EvidenceRecipe(RecipeFile):
     layer_decay: float = option(1.0, "factor of the learning rate from a block to the one before; not for scratch")
     drop_path_rate: float = option(0.1, "stochastic depth of the last block in fine-tuning")
     evaluate_every: int = option(100, "updates between two looks at the validation images")
-    patience: int = option(8, "looks without a better validation accuracy until the learning rate falls, or the end")
+    patience: int = option(5, "looks without a better validation accuracy until the learning rate falls, or the end")
     max_steps: int = option(20000, "updates at most; an end by this is told")
     # What is run
     arms: tuple[str, ...] = option(("scratch", "green", "dense"), f"which of {', '.join(ARMS)}")
