@@ -14,6 +14,8 @@ import datasets
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
+from .idx_images import find_idx_images, load_idx_images
+
 HUB_TIMEOUT_SECONDS = 10
 LOCAL_STREAM_SHARDS = 64
 
@@ -61,8 +63,9 @@ def load_images(
 
     Args:
         source: a folder of images (flat or nested; split folders such as `train/` are recognised), a folder
-            with data files and a data set card, a Parquet file or a glob of them, a `save_to_disk` folder, or
-            the name of a data set on the Hub. What looks like a path is never asked of the Hub.
+            with data files and a data set card, a folder with the idx files of MNIST and its relatives, a Parquet
+            file or a glob of them, a `save_to_disk` folder, or the name of a data set on the Hub. What looks like a
+            path is never asked of the Hub.
         split: name of the split.
         streaming: read while training instead of downloading and converting first.
         image_column: column with the images; found by its type, then by its name, when not given.
@@ -123,6 +126,9 @@ def _open_folder(path: Path, name: str, streaming: bool, subset: str | None) -> 
         saved: Any = _one_line_errors(name, partial(datasets.load_from_disk, str(path)))
         return _as_streams(saved if is_dict else {str(saved.split or "train"): saved}, streaming)
     images, holds_data, holds_tables = _scan_folder(path, name)
+    idx_images = find_idx_images(path)
+    if idx_images:
+        return _as_streams(load_idx_images(idx_images), streaming)
     if images and holds_tables and not _has_card(path):
         raise ValueError(
             f"folder {name!r} holds images ({Path(images[0]).name}, …) and Parquet or Arrow files; give the one or the "
