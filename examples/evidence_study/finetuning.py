@@ -133,7 +133,7 @@ def finetune(
 def _batches(
     task: Task, labelled: Split, batch_size: int, seed: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches without end; a pass over few labels is shorter than a batch is never: `batch_size` fits."""
+    """Batches of pixels and labels without end, all of one size; the rest of a pass is left out."""
     generator, epoch = seeded_generator(seed, _IMAGES), 0
     while True:
         order = shuffled(len(labelled), seed + _ORDER, epoch)

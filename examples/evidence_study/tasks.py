@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -83,6 +82,8 @@ def load_task(recipe: EvidenceRecipe) -> Task:
     Raises:
         ValueError: the data cannot be read, are not grey squares of one size, or are too few.
     """
+    if not recipe.data:
+        raise ValueError("data is missing; give a labelled data set with --data")
     train = load_labelled_images(recipe.data, split="train")
     test = load_labelled_images(recipe.data, split="test", class_names=train.class_names)
     count = recipe.validation_images
@@ -126,7 +127,9 @@ def _read(images: LabelledImages, limit: int | None) -> Split:
 
 
 def _read_photos(folder: str) -> list[Tensor]:
-    source = load_images(Path(folder))
+    if not folder:
+        raise ValueError("task placed needs photographs for backgrounds; give a folder with --photos")
+    source = load_images(folder)
     records = source.dataset[source.image_column]
     return [prepare_photo(decode_image(record, "L", f"photo {row}")) for row, record in enumerate(records)]
 
