@@ -81,7 +81,13 @@ def probe(
     results = []
     for subset in subsets:
         bank = _rows(found["bank"], [place_of[row] for row in subset])
-        judged = judge_features(bank, found["validation"], found["test"], len(task.class_names), name="features")
+        judged = judge_features(
+            name="features",
+            bank=bank,
+            validation=found["validation"],
+            test=found["test"],
+            num_classes=len(task.class_names),
+        )
         results.append({"knn": judged.knn.value, "linear": judged.linear.value, "dimension": judged.dimension})
     return results
 
