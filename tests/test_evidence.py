@@ -134,6 +134,7 @@ def test_a_study_as_a_user_runs_it_names_wrong_input_in_one_line(tmp_path):
     [
         (["--budgets", "0.1", "2"], "budgets 2.0"),
         (["--epochs", "0"], "epochs 0.0"),
+        (["--placed-gain", "0.9", "0.5"], "placed_gain [0.9, 0.5]"),
         (["--data", "./missing"], "./missing"),
         (["--photos", "./missing"], "./missing"),
         (["--arms", "scratch", "dense", "green_third"], "green_third"),
@@ -223,6 +224,14 @@ def test_around_a_garment_is_background_and_inside_is_garment(photos):
     assert image[0].min() == 255
     assert image[12:14, 12:14].max() == 0
     assert silhouettes(hollow)[0, 0].sum() == 20 * 20
+
+
+def test_a_dimmed_background_leaves_the_garment_as_it_is(photos):
+    sharp, dim = (Placement(size=28, background=(gain, gain), gain=(1.0, 1.0)) for gain in (1.0, 0.0))
+    bright, alone = (place_garments(white_squares(4), photos, placement, seed=0).int() for placement in (sharp, dim))
+    assert torch.equal(bright[alone == 255], alone[alone == 255])
+    assert alone[:, :, 0, 0].max() == 0
+    assert (bright >= alone).all()
 
 
 def test_placed_images_keep_the_labels_and_other_placements_come_after(quick_recipe, task):

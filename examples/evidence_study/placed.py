@@ -14,7 +14,7 @@ from green_swin_hf.data import seeded_generator
 
 BACKGROUND_SIDE = 160  # pixels of a photograph's shorter side before it is cropped
 BATCH = 512
-_DRAWS = 10
+_DRAWS = 11
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Placement:
         scale: side of the garment's own image as a share of `size`.
         degrees: largest rotation to either side.
         gain: factor of the garment's brightness.
+        background: factor of the photograph's brightness.
         crop: side of the background's crop, as a share of the photograph's shorter side.
     """
 
@@ -33,6 +34,7 @@ class Placement:
     scale: tuple[float, float] = (0.45, 0.85)
     degrees: float = 20.0
     gain: tuple[float, float] = (0.5, 1.0)
+    background: tuple[float, float] = (1.0, 1.0)
     crop: tuple[float, float] = (0.2, 0.8)
 
 
@@ -87,7 +89,7 @@ def _backgrounds(photos: Sequence[Tensor], placement: Placement, draws: Tensor) 
 
 
 def _compose(garments: Tensor, backgrounds: Tensor, placement: Placement, draws: Tensor) -> Tensor:
-    scale_draw, angle_draw, row_draw, column_draw, gain_draw = draws[:, 5:].unbind(1)
+    scale_draw, angle_draw, row_draw, column_draw, gain_draw, background_draw = draws[:, 5:].unbind(1)
     scale = _within(scale_draw, *placement.scale)
     angle = _within(angle_draw, -1.0, 1.0) * math.radians(placement.degrees)
     row, column = (_within(draw, scale - 1, 1 - scale) for draw in (row_draw, column_draw))  # centre, in -1 … 1
@@ -99,8 +101,9 @@ def _compose(garments: Tensor, backgrounds: Tensor, placement: Placement, draws:
     layers = torch.cat([garments.float(), silhouettes(garments)], 1)
     garment, alpha = grid_sample(layers, grid, mode="bilinear", align_corners=False).split(1, 1)
     gain = _within(gain_draw, *placement.gain).float()[:, None, None, None]
+    dimmed = backgrounds * _within(background_draw, *placement.background).float()[:, None, None, None]
     # Where alpha is partial, the sampled garment is partial too, blended with the black around it.
-    return (garment * gain + backgrounds * (1 - alpha)).round().clamp(0, 255).byte()
+    return (garment * gain + dimmed * (1 - alpha)).round().clamp(0, 255).byte()
 
 
 def silhouettes(garments: Tensor) -> Tensor:

@@ -40,6 +40,8 @@ class EvidenceRecipe(RecipeFile):
     placed_scale: tuple[float, float] = option((0.45, 0.85), "range of the side of a placed image, as a share")
     placements: int = option(1, "images made of each placed garment to pretrain on; labels are of the first one")
     placed_degrees: float = option(20.0, "largest rotation of a placed image to either side")
+    placed_gain: tuple[float, float] = option((0.5, 1.0), "range of a placed image's brightness, as a factor")
+    background_gain: tuple[float, float] = option((1.0, 1.0), "range of a photograph's brightness, as a factor")
     shift: int = option(4, "largest shift of an image in training, in pixels to each side")
     flip: bool = option(True, "mirror half of the images in training")
     mean: float = option(0.4, "mean of pixels in 0 … 1")
@@ -113,8 +115,12 @@ class EvidenceRecipe(RecipeFile):
                     raise ValueError(f"{name} {share} must be greater than 0 and at most 1")
         if self.warmup > 1:
             raise ValueError(f"warmup {self.warmup} must be at most 1, a share of the updates")
-        if min(self.finetune_learning_rates) <= 0 or min(self.std, self.placed_scale[1] - self.placed_scale[0]) < 0:
-            raise ValueError("finetune_learning_rates and std must be greater than 0, placed_scale the smaller first")
+        for name in ("placed_scale", "placed_gain", "background_gain"):
+            low, high = getattr(self, name)
+            if not 0 <= low <= high <= 1:
+                raise ValueError(f"{name} {[low, high]} must be in 0 … 1, the smaller first")
+        if min(self.std, *self.finetune_learning_rates) <= 0:
+            raise ValueError("std and finetune_learning_rates must be greater than 0")
 
     def model_config(self) -> GreenSwinConfig:
         """The encoder that every arm trains.

@@ -136,7 +136,13 @@ def _read_photos(folder: str) -> list[Tensor]:
 
 def _as_task(split: Split, recipe: EvidenceRecipe, photos: list[Tensor], number: int) -> Split:
     if recipe.task == "placed":
-        placement = Placement(recipe.image_size, recipe.placed_scale, recipe.placed_degrees)
+        placement = Placement(
+            size=recipe.image_size,
+            scale=recipe.placed_scale,
+            degrees=recipe.placed_degrees,
+            gain=recipe.placed_gain,
+            background=recipe.background_gain,
+        )
         return replace(split, images=place_garments(split.images, photos, placement, seed=number))
     return replace(split, images=with_margin(split.images, recipe.image_size))
 
