@@ -1,8 +1,8 @@
 """Judge a folder with a model: a classifier's predictions, or how good an encoder's frozen features are.
 
-    python examples/evaluate.py                                # outputs/pretrain on the embedded data
-    python examples/evaluate.py --model outputs/finetune --output evaluation.json
-    python examples/evaluate.py --model path/to/model --data my/images --split validation --judge both
+    python examples/evaluate_model.py                          # outputs/pretrain on the embedded data
+    python examples/evaluate_model.py --model outputs/finetune --output evaluation.json
+    python examples/evaluate_model.py --model path/to/model --data my/images --split validation --judge both
 
 A classifier gets top-1, top-5, loss and a table by class. Frozen features of any folder are judged by weighted k-NN and
 a linear probe beside raw pixels and an untrained encoder. Images are prepared by the folder's preprocessor_config.json.
@@ -27,6 +27,7 @@ import datasets
 import evaluate
 import torch
 from transformers import PretrainedConfig
+from transformers.utils import logging as transformers_logging
 
 import green_swin_hf
 from green_swin_hf.evaluation import (
@@ -34,7 +35,6 @@ from green_swin_hf.evaluation import (
     RANDOM_ENCODER,
     RAW_PIXELS,
     FeatureReport,
-    ProcessorTransform,
     class_accuracies,
     is_classifier,
     judge_encoder,
@@ -47,22 +47,24 @@ from green_swin_hf.evaluation import (
     read_config,
 )
 from green_swin_hf.evaluation_recipe import EvaluationRecipe
-from green_swin_hf.feature_probes import FEATURE_KINDS, Accuracy, Judgement, is_among_top
+from green_swin_hf.feature_probes import FEATURE_KINDS, Accuracy, Judgement
 from green_swin_hf.labelled_images import LabelledDataset, LabelledImages, label_budget, load_labelled_images
 from green_swin_hf.recipe_files import add_recipe_flags, flag_overrides, load_recipe
 from green_swin_hf.training import OneLineParser, check_output_folder, one_line_errors
 
 DEFAULT_RECIPE = Path(__file__).resolve().parent / "recipes" / "evaluation" / "fashion_mnist.yaml"
+SHOWN_CLASSES = 40  # of more, those with the lowest accuracy are printed and drawn; the JSON file has all
 METRIC = Path(__file__).resolve().parent / "metrics" / "top_k_accuracy"
 
 
 def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
-    with one_line_errors("evaluate.py"):
+    with one_line_errors("evaluate_model.py"):
         arguments = parse_arguments(argv)
         recipe = read_recipe(arguments)
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
+        transformers_logging.disable_progress_bar()
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
         config = read_config(recipe.model)
@@ -72,21 +74,25 @@ def main(argv: list[str] | None = None) -> int:
 
         # Images and models; all that can be wrong with the input shows here
         by_classifier = "classifier" in judged
-        tested = open_split(recipe, recipe.split, recipe.images, config if by_classifier else None)
-        bank = validation = None
+        names = model_class_names(config) if by_classifier else None
+        taught_by: tuple[LabelledImages, ...] = ()
         if "features" in judged:
-            bank, validation = open_training_images(recipe, tested.class_names)
-        classifier = load_classifier(recipe.model).to(device) if by_classifier else None
-        encoder = load_encoder(recipe.model).to(device) if "features" in judged else None
+            taught_by = open_training_images(recipe, names)
+            names = taught_by[0].class_names
+        tested = open_split(recipe, recipe.split, recipe.images, names)
+        if by_classifier:
+            refuse_other_classes(recipe, tested, config)
+        classifier = load_classifier(recipe.model, device) if by_classifier else None
+        encoder = load_encoder(recipe.model, device) if "features" in judged else None
 
     options: dict[str, Any] = {"batch_size": recipe.batch_size, "workers": recipe.workers, "device": device}
     results: dict[str, Any] = {}
     print(f"# {recipe.model} on {len(tested):,} images of {recipe.data}, split {recipe.split}\n")
-    with one_line_errors("evaluate.py"):  # images of a size that the model does not take, or none that is readable
+    with one_line_errors("evaluate_model.py"):  # no image is readable, or has a size that the model takes
         if classifier is not None:
             results["classifier"] = evaluate_classifier(classifier, LabelledDataset(tested, transform), options)
         if encoder is not None:
-            sets = [LabelledDataset(images, transform) for images in (bank, validation, tested) if images]
+            sets = [LabelledDataset(images, transform) for images in (*taught_by, tested)]
             results["features"] = evaluate_features(encoder, sets, recipe, options)
 
     written = write_results(arguments.output, recipe, results) if arguments.output else []
@@ -136,37 +142,42 @@ def what_to_judge(recipe: EvaluationRecipe, config: PretrainedConfig) -> tuple[s
 
 
 def open_split(
-    recipe: EvaluationRecipe, split: str, count: int | None, config: PretrainedConfig | None = None, **options: Any
+    recipe: EvaluationRecipe, split: str, count: int | None, class_names: Sequence[str] | None
 ) -> LabelledImages:
-    """A split with its classes: those of the model where its configuration is given, else the data's own."""
-    names = model_class_names(config) if config else None
+    """A split, or a class-balanced subset of it, with the given classes; with the data's own where none are given."""
     images = load_labelled_images(
         recipe.data,
         split=split,
         image_column=recipe.image_column,
         label_column=recipe.label_column,
         subset=recipe.subset,
-        **({"class_names": names} if names else options),
+        class_names=class_names,
     )
-    if config and config.num_labels < len(images.class_names):
+    return images if count is None else images.select(label_budget(images.labels, count, recipe.seed))
+
+
+def refuse_other_classes(recipe: EvaluationRecipe, images: LabelledImages, config: PretrainedConfig) -> None:
+    """Raise a `ValueError` where a model that does not name its classes has not as many as the data."""
+    if config.num_labels != len(images.class_names):
         raise ValueError(
             f"data set {recipe.data!r} has {len(images.class_names)} classes, {recipe.model} tells {config.num_labels} "
             "apart; give the data that it was trained for, or --judge features"
         )
-    return images if count is None else images.select(label_budget(images.labels, count, recipe.seed))
 
 
-def open_training_images(recipe: EvaluationRecipe, class_names: Sequence[str]) -> tuple[LabelledImages, LabelledImages]:
+def open_training_images(
+    recipe: EvaluationRecipe, class_names: Sequence[str] | None
+) -> tuple[LabelledImages, LabelledImages]:
     """(images that teach the probes, images that choose the linear probe's regularisation), no image in both."""
-    bank = open_split(recipe, recipe.train_split, recipe.train_images, class_names=class_names)
+    bank = open_split(recipe, recipe.train_split, recipe.train_images, class_names)
     if recipe.validation_split:
-        return bank, open_split(recipe, recipe.validation_split, None, class_names=class_names)
+        return bank, open_split(recipe, recipe.validation_split, None, bank.class_names)
     chosen = set(label_budget(bank.labels, recipe.validation_share, recipe.seed))
     rest = [row for row in range(len(bank)) if row not in chosen]
     if len(bank.labels[rest].unique()) < len(bank.labels.unique()):
         raise ValueError(
-            f"{len(bank)} images of split {recipe.train_split!r} are too few to keep some of each class for validation; "
-            "give a --validation-split or more --train-images"
+            f"{len(bank)} images of split {recipe.train_split!r} are too few to set some of each class aside for "
+            "validation; give a --validation-split or more --train-images"
         )
     return bank.select(rest), bank.select(sorted(chosen))
 
@@ -178,33 +189,35 @@ def evaluate_classifier(model: Any, images: LabelledDataset, options: dict[str, 
     """Top-1, top-5, loss and accuracy by class, printed as tables."""
     predicted = predict(model, images, progress="predictions", **options)
     scores, labels = predicted.features["logits"], predicted.labels
-    metric = evaluate.load(str(METRIC))
-    shares = metric.compute(predictions=scores.tolist(), references=labels.tolist())
-    errors = {f"top_{k}": Accuracy.of(is_among_top(scores, labels, k)).standard_error for k in (1, 5)}
+    shares = evaluate.load(str(METRIC)).compute(predictions=scores.numpy(), references=labels.numpy()) or {}
+    accuracies = {name: Accuracy.from_share(share, len(labels)) for name, share in shares.items()}
     loss, loss_error = mean_loss(scores, labels)
-    rows = [[name.replace("_", "-"), f"{shares[name]:.3f} ± {error:.3f}"] for name, error in errors.items()]
+    rows = [[name.replace("_", " "), accuracy] for name, accuracy in accuracies.items()]
     print_table(["measure", "value ± standard error"], [*rows, ["cross-entropy", f"{loss:.3f} ± {loss_error:.3f}"]])
-    names = [*images.class_names, *(f"class {number}" for number in range(len(images.class_names), scores.shape[1]))]
-    classes = class_accuracies(scores, labels, names)
-    print_table(
-        ["class", "images", "accuracy ± standard error", "most often taken for"],
-        [
-            [
-                row.name,
-                row.accuracy.num_images,
-                row.accuracy,
-                f"{row.mistaken_for} ({row.mistakes})" * bool(row.mistakes),
-            ]
-            for row in classes
-            if row.accuracy
-        ],
-    )
+    classes = [asdict(row) for row in class_accuracies(scores, labels, images.class_names)]
+    shown = [class_cells(row) for row in worst_classes(classes)]
+    print_table(["class", "images", "accuracy ± standard error", "most often taken for"], shown)
+    if len(shown) < len(classes):
+        print(f"These {len(shown)} of {len(classes)} classes have the lowest accuracy.\n")
     return {
         "num_images": len(labels),
-        **{name: {"value": shares[name], "standard_error": error} for name, error in errors.items()},
+        **{name: asdict(accuracy) for name, accuracy in accuracies.items()},
         "loss": {"value": loss, "standard_error": loss_error},
-        "classes": [asdict(row) for row in classes],
+        "classes": classes,
     }
+
+
+def worst_classes(classes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The classes with the lowest accuracy, or all where they are few, in their order; none without images."""
+    measured = [row for row in classes if row["accuracy"]]
+    worst = sorted(measured, key=lambda row: row["accuracy"]["value"])[:SHOWN_CLASSES]
+    return [row for row in measured if row in worst]
+
+
+def class_cells(row: dict[str, Any]) -> tuple[Any, ...]:
+    accuracy = Accuracy(**row["accuracy"])
+    mistake = f"{row['mistaken_for']} ({row['mistakes']})" if row["mistakes"] else ""
+    return row["name"], accuracy.num_images, accuracy, mistake
 
 
 # Frozen features
@@ -214,8 +227,9 @@ def evaluate_features(
     encoder: Any, sets: Sequence[LabelledDataset], recipe: EvaluationRecipe, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Accuracy of both probes on all features, printed as a table with what the model gains over its baselines."""
+    bank, validation, tested = sets
     report = judge_encoder(
-        encoder, *sets, len(sets[0].class_names), kinds=recipe.features, seed=recipe.seed,
+        encoder, bank, validation, tested, len(bank.class_names), kinds=recipe.features, seed=recipe.seed,
         neighbours=recipe.neighbours, temperature=recipe.temperature, progress=True, **options,
     )  # fmt: skip
     rows = [
@@ -316,7 +330,7 @@ def draw(path: Path, recipe: EvaluationRecipe, results: dict[str, Any]) -> None:
         chance = results["features"]["most_frequent_class"]["value"]
         title = "Frozen features: accuracy of probes, ± standard error"
     else:
-        rows = [row for row in results["classifier"]["classes"] if row["accuracy"]]
+        rows = worst_classes(results["classifier"]["classes"])
         names = [row["name"] for row in rows]
         series, chance = {"accuracy": [row["accuracy"] for row in rows]}, None
         title = f"{recipe.model}: accuracy by class, ± standard error"

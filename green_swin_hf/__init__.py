@@ -13,7 +13,7 @@ from transformers import (
     AutoModelForMaskedImageModeling,
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.utils import is_torchvision_available, is_vision_available
+from transformers.utils import is_vision_available
 
 from .configuration_green_swin import VARIANTS, GreenSwinConfig
 from .modeling_green_swin import (
@@ -39,18 +39,9 @@ def _register_auto_classes() -> None:
     AutoModelForImageClassification.register(GreenSwinConfig, GreenSwinForImageClassification)
     AutoBackbone.register(GreenSwinConfig, GreenSwinBackbone)
     if is_vision_available():  # image processors need Pillow
-        AutoImageProcessor.register(GreenSwinConfig, image_processor_classes=_image_processors())
+        from .image_processing_green_swin import image_processors
 
-
-def _image_processors() -> dict[str, type]:
-    """Those of ViT: resize and normalise."""
-    from transformers import ViTImageProcessorPil
-
-    if not is_torchvision_available():
-        return {"pil": ViTImageProcessorPil}
-    from transformers import ViTImageProcessor
-
-    return {"torchvision": ViTImageProcessor, "pil": ViTImageProcessorPil}
+        AutoImageProcessor.register(GreenSwinConfig, image_processor_classes=image_processors())
 
 
 def _register_weight_names() -> None:

@@ -41,15 +41,17 @@ class FinetuningTransform(PretrainingTransform):
     Attributes:
         rand_augment: magnitude of RandAugment from 0 to 10; 0 for none. torchvision's operations, at 10 in full.
         rand_augment_std: standard deviation of an image's magnitude around it.
-        rand_augment_ops: operations for each image.
+        rand_augment_ops: operations drawn for each image.
+        rand_augment_probability: that each of them is applied; timm, which the paper's recipe comes from, takes 0.5.
         color_jitter: strength of changes of brightness, contrast and saturation (1 channel: not the last), only
-            without RandAugment, which has them among its operations (so in timm, which the paper's recipe comes from).
+            without RandAugment, which has them among its operations (as in timm).
         random_erasing: probability that a rectangle is filled with noise.
     """
 
     rand_augment: float = 0.0
     rand_augment_std: float = 0.0
     rand_augment_ops: int = 2
+    rand_augment_probability: float = 1.0
     color_jitter: float = 0.0
     random_erasing: float = 0.0
 
@@ -58,6 +60,8 @@ class FinetuningTransform(PretrainingTransform):
         self._require(0 <= self.rand_augment <= 10, "rand_augment", "a magnitude from 0 to 10")
         self._require(self.rand_augment_std >= 0, "rand_augment_std", "at least 0")
         self._require(self.rand_augment_ops >= 1, "rand_augment_ops", "at least 1")
+        is_probability = 0 <= self.rand_augment_probability <= 1
+        self._require(is_probability, "rand_augment_probability", "a probability in [0, 1]")
         self._require(0 <= self.color_jitter <= 1, "color_jitter", "from 0 to 1")
         self._require(0 <= self.random_erasing <= 1, "random_erasing", "a probability in [0, 1]")
 
@@ -72,10 +76,11 @@ class FinetuningTransform(PretrainingTransform):
 
     def _recoloured(self, image: Tensor) -> Tensor:
         if self.rand_augment:
+            operations = int((torch.rand(self.rand_augment_ops) < self.rand_augment_probability).sum())
             drawn = self.rand_augment + self.rand_augment_std * float(torch.randn(()))
             step = round((_BINS - 1) * min(10.0, max(0.0, drawn)) / 10)
             fill = tuple(round(255 * value) for value in self.mean or ())
-            return _rand_augment(self.rand_augment_ops, step, fill)(image)
+            return _rand_augment(operations, step, fill)(image)
         return _color_jitter(self.color_jitter, self.num_channels)(image) if self.color_jitter else image
 
 

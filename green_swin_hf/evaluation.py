@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoImageProcessor, PretrainedConfig
 
 from .feature_probes import (
     Accuracy,
+    FeatureFunction,
     Judgement,
     LabelledFeatures,
     count_shared_images,
@@ -30,7 +31,7 @@ from .feature_probes import (
 )
 from .image_decoding import ColorMode
 from .modeling_green_swin import GreenSwinForImageClassification, GreenSwinModel
-from .training import quiet_transformers
+from .training import _quiet_transformers
 
 RAW_PIXELS, RANDOM_ENCODER, MODEL = "raw pixels", "random encoder", "model"
 
@@ -68,7 +69,7 @@ def read_config(folder: str) -> PretrainedConfig:
     if not Path(folder).exists() and (folder.startswith((".", "~", os.sep)) or folder.count("/") > 1):
         raise ValueError(f"model folder {folder} does not exist; give one with a model, or a name on the Hub")
     try:
-        with quiet_transformers():
+        with _quiet_transformers():
             config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # of files, of the network, and of configurations that contradict themselves
         raise ValueError(f"model {folder} cannot be read: {_one_line(error)}") from None
@@ -99,27 +100,27 @@ def load_processor(folder: str) -> ProcessorTransform:
         raise ValueError(f"the image processor of {folder} cannot be read: {_one_line(error)}") from None
 
 
-def load_encoder(folder: str) -> GreenSwinModel:
-    """The encoder of a folder, pretrained or a classifier, GreenSwin or stock Swin, in eval mode.
+def load_encoder(folder: str, device: torch.device | str = "cpu") -> GreenSwinModel:
+    """The encoder of a folder, pretrained or a classifier, GreenSwin or stock Swin, in eval mode on a device.
 
     Raises:
         ValueError: the weights cannot be read, or some of the encoder's are missing.
     """
-    return _load(GreenSwinModel, folder)
+    return _load(GreenSwinModel, folder, device)
 
 
-def load_classifier(folder: str) -> GreenSwinForImageClassification:
-    """The classifier of a folder, GreenSwin or stock Swin, in eval mode.
+def load_classifier(folder: str, device: torch.device | str = "cpu") -> GreenSwinForImageClassification:
+    """The classifier of a folder, GreenSwin or stock Swin, in eval mode on a device.
 
     Raises:
         ValueError: the weights cannot be read, or some are missing, such as the classifier's of a pretrained folder.
     """
-    return _load(GreenSwinForImageClassification, folder)
+    return _load(GreenSwinForImageClassification, folder, device)
 
 
-def _load(kind: Any, folder: str) -> Any:
+def _load(kind: Any, folder: str, device: torch.device | str) -> Any:
     try:
-        with quiet_transformers():
+        with _quiet_transformers():
             model, report = kind.from_pretrained(folder, output_loading_info=True)
     except Exception as error:  # readers of files that are no weights raise what they like
         raise ValueError(f"model {folder} cannot be loaded: {_one_line(error)}") from None
@@ -128,12 +129,13 @@ def _load(kind: Any, folder: str) -> Any:
             f"model {folder} lacks {len(missing)} weights of a {kind.__name__}, such as {missing[0]}; "
             "give a folder with all of them"
         )
-    return model.eval()
+    return model.eval().to(device)
 
 
 def model_class_names(config: PretrainedConfig) -> tuple[str, ...] | None:
     """Names of a classifier's classes in the order of its outputs; None where nobody named them (LABEL_0, …)."""
-    names = tuple(str(config.id2label[index]) for index in range(len(config.id2label)))
+    id2label: Any = config.id2label
+    names = tuple(str(id2label[index]) for index in range(len(id2label)))
     return None if names == tuple(f"LABEL_{index}" for index in range(len(names))) else names
 
 
@@ -216,8 +218,8 @@ class FeatureReport:
 
     def difference(self, kind: str, baseline: tuple[str, str], probe: str) -> tuple[float, float]:
         """The model's gain over a baseline and its standard error, image by image; `probe` is "knn" or "linear"."""
-        is_right = (getattr(self.judgements[key], f"{probe}_is_right") for key in ((MODEL, kind), baseline))
-        return paired_difference(*is_right)
+        ours, theirs = (getattr(self.judgements[key], f"{probe}_is_right") for key in ((MODEL, kind), baseline))
+        return paired_difference(ours, theirs)
 
 
 def judge_encoder(
@@ -246,8 +248,9 @@ def judge_encoder(
         progress: whether to show progress bars.
         options: `batch_size`, `workers` and `device` of `extract_features`.
     """
-    untrained = random_encoder(encoder.config, seed).to(encoder.device)
-    functions = [
+    untrained: Any = random_encoder(encoder.config, seed)
+    untrained.to(encoder.device)
+    functions: list[FeatureFunction] = [
         lambda pixel_values: {RAW_PIXELS: pixel_features(pixel_values)},
         partial(_named_features, RANDOM_ENCODER, untrained, kinds),
         partial(_named_features, MODEL, encoder, kinds),
@@ -257,16 +260,19 @@ def judge_encoder(
         name: extract_features(images, functions, progress=f"features, {name}" if progress else None, **options)
         for name, images in sets.items()
     }
-    judge = partial(
-        judge_features, *features.values(), num_classes, neighbours=neighbours, temperature=temperature,
-        progress=progress,
-    )  # fmt: skip
     keys = [(RAW_PIXELS, ""), *((source, kind) for source in (RANDOM_ENCODER, MODEL) for kind in kinds)]
+    judgements = {
+        key: judge_features(
+            features["bank"], features["validation"], features["test"], num_classes, name=_name(*key),
+            neighbours=neighbours, temperature=temperature, progress=progress,
+        )
+        for key in keys
+    }  # fmt: skip
     most_frequent = features["bank"].labels.mode().values
     return FeatureReport(
-        {key: judge(name=_name(*key)) for key in keys},
+        judgements,
         Accuracy.of(features["test"].labels == most_frequent),
-        count_shared_images(*(features[name].features[RAW_PIXELS] for name in ("bank", "test"))),
+        count_shared_images(features["bank"].features[RAW_PIXELS], features["test"].features[RAW_PIXELS]),
         len(features["bank"].labels),
         len(features["validation"].labels),
     )

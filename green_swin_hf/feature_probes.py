@@ -37,8 +37,8 @@ FEATURE_KINDS = {
 }
 # k-NN as in the self-supervised literature, see `weighted_knn`.
 NEIGHBOURS, TEMPERATURE = 20, 0.07
-# Inverse strengths of L2 regularisation that the linear probe chooses from: half decades.
-INVERSE_STRENGTHS = tuple(10 ** (exponent / 2) for exponent in range(-8, 1))
+# Inverse strengths of L2 regularisation that the linear probe chooses from.
+INVERSE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 PIXELS_AT_MOST = 32
 
 FeatureFunction = Callable[[Tensor], Mapping[str, Tensor]]
@@ -163,9 +163,11 @@ class Accuracy:
     @classmethod
     def of(cls, is_right: Tensor) -> Accuracy:
         """Of `[N]` bool, True = the image was predicted right."""
-        count = len(is_right)
-        share = is_right.sum().item() / count
-        return cls(share, math.sqrt(share * (1 - share) / count), count)
+        return cls.from_share(is_right.sum().item() / len(is_right), len(is_right))
+
+    @classmethod
+    def from_share(cls, share: float, num_images: int) -> Accuracy:
+        return cls(share, math.sqrt(share * (1 - share) / num_images), num_images)
 
     def __str__(self) -> str:
         return f"{self.value:.3f} ± {self.standard_error:.3f}"
@@ -383,6 +385,7 @@ __all__ = [
     "NEIGHBOURS",
     "TEMPERATURE",
     "Accuracy",
+    "FeatureFunction",
     "Judgement",
     "LabelledFeatures",
     "LinearProbe",

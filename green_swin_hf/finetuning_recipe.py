@@ -63,7 +63,8 @@ class FinetuningRecipe(RecipeFile):
     flip: bool = option(True, "mirror half of the images")
     rand_augment: float = option(0.0, "magnitude of RandAugment from 0 to 10, 0 for none")
     rand_augment_std: float = option(0.0, "standard deviation of an image's magnitude")
-    rand_augment_ops: int = option(2, "operations of RandAugment for each image")
+    rand_augment_ops: int = option(2, "operations of RandAugment drawn for each image")
+    rand_augment_probability: float = option(1.0, "probability that each of them is applied")
     color_jitter: float = option(0.0, "strength of colour jitter, 0 for none; RandAugment takes its place")
     random_erasing: float = option(0.0, "probability that a rectangle is filled with noise")
     mixup: float = option(0.0, "parameter of MixUp, 0 for none; with CutMix too, each takes half of the batches")
@@ -152,10 +153,11 @@ class FinetuningRecipe(RecipeFile):
 
 def _check_ranges(recipe: FinetuningRecipe) -> None:
     counts = ("batch_size", "gradient_accumulation_steps", "base_batch_size", "log_every", "validate_every")
-    not_negative = ("workers", "cache_megabytes", "warmup_epochs", "seed", "weight_decay", "max_grad_norm")
+    not_negative = ("workers", "cache_megabytes", "warmup_epochs", "seed", "weight_decay", "max_grad_norm", "mixup")
+    also = ("min_lr_ratio", "learning_rate", "cutmix", "rand_augment_std", "rand_augment_probability")
     at_least = {
         **dict.fromkeys((*counts, "keep_checkpoints", "label_budget", "num_channels", "rand_augment_ops"), 1),
-        **dict.fromkeys((*not_negative, "min_lr_ratio", "learning_rate", "mixup", "cutmix", "rand_augment_std"), 0),
+        **dict.fromkeys((*not_negative, *also), 0),
     }
     check_finite(recipe)
     check_minima(recipe, at_least)
@@ -165,7 +167,7 @@ def _check_ranges(recipe: FinetuningRecipe) -> None:
             raise ValueError(f"{name} {value} must be greater than 0")
     at_most = {
         **dict.fromkeys(("labels_share", "evaluation_crop", "layer_decay", "min_lr_ratio"), 1),
-        **dict.fromkeys(("color_jitter", "random_erasing"), 1),
+        **dict.fromkeys(("color_jitter", "random_erasing", "rand_augment_probability"), 1),
         "rand_augment": 10,
     }
     for name, maximum in at_most.items():

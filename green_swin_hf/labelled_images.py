@@ -102,7 +102,7 @@ def label_budget(labels: Tensor, share_or_count: float | int, seed: int) -> list
     Every class that occurs has at least one. With one seed a smaller subset is part of every larger one.
 
     >>> label_budget(torch.tensor([0, 0, 0, 0, 1, 2, 2, 2]), 5, seed=0)
-    [1, 3, 4, 5, 7]
+    [2, 3, 4, 5, 6]
 
     Args:
         labels: [N] integers.

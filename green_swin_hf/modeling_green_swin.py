@@ -442,7 +442,7 @@ class GreenSwinPatchEmbeddings(nn.Module):
         # from coarse to fine, the column bit above the row bit (see `sparse_plan`), then (channel, row, column) inside
         bits = [axis for level in range(levels) for axis in (4 + levels + level, 3 + level)]
         patches = units.permute(0, 1, *bits, 2, 3 + levels, 4 + 2 * levels).reshape(
-            len(units), -1, self.projection.weight[0].numel()
+            units.shape[0], -1, self.projection.weight[0].numel()
         )
         weight = self.projection.weight.flatten(1)
         return nn.functional.linear(patches.to(weight.dtype), weight, self.projection.bias)
@@ -611,7 +611,7 @@ class GreenSwinModel(GreenSwinPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         _refuse_masks(kwargs)
         pixel_values = self.checked_images(pixel_values)
-        batch_size = len(pixel_values)
+        batch_size = pixel_values.shape[0]  # `len` would make it a constant of an exported program
         plan = self.resolve_plan(pixel_values, bool_masked_pos, sparse_plan)
         if plan is None:
             tokens, grid_size = self.embeddings(pixel_values, interpolate_pos_encoding)
@@ -648,7 +648,7 @@ class GreenSwinModel(GreenSwinPreTrainedModel):
             raise ValueError("bool_masked_pos and sparse_plan are both given; pass only one, a plan holds its masks")
         if sparse_plan is None and bool_masked_pos is None:
             return None
-        batch_size = len(pixel_values)
+        batch_size = pixel_values.shape[0]
         geometry = SparseGeometry.from_config(self.config, (pixel_values.shape[2], pixel_values.shape[3]))
         if bool_masked_pos is not None:
             if len(bool_masked_pos) not in (1, batch_size):
@@ -749,7 +749,7 @@ class GreenSwinDecoderLayer(GradientCheckpointingLayer):
 def _masked_units(units: Tensor, plan: SparsePlan) -> Tensor:
     """Rows of the masked units: [B, U, P] to [B, masked of an image, P], all images with the same number of them."""
     rows = units if plan.is_shared else units.reshape(1, -1, units.shape[-1])
-    return rows.index_select(1, plan.masked_unit_index).reshape(len(units), -1, units.shape[-1])
+    return rows.index_select(1, plan.masked_unit_index).reshape(units.shape[0], -1, units.shape[-1])
 
 
 def position_encoding(grid_size: tuple[int, int], width: int, like: Tensor) -> Tensor:
@@ -803,9 +803,9 @@ class GreenSwinDecoder(nn.Module):
 
     def _place(self, latents: Tensor, plan: SparsePlan) -> Tensor:
         """Latents at their own units, mask tokens elsewhere: [B, longest, D] to [B, U, D]."""
-        batch_size, pool = len(latents), plan.to_pool(latents)
-        num_units = batch_size * plan.num_units // len(pool)
-        units = self.mask_token.to(pool.dtype).expand(len(pool), num_units, -1)
+        batch_size, pool = latents.shape[0], plan.to_pool(latents)
+        num_units = batch_size * plan.num_units // pool.shape[0]
+        units = self.mask_token.to(pool.dtype).expand(pool.shape[0], num_units, -1)
         return units.index_copy(1, plan.visible_unit_index, pool).view(batch_size, plan.num_units, -1)
 
 
@@ -844,7 +844,7 @@ class GreenSwinForMaskedImageModeling(GreenSwinPreTrainedModel):
         pixel_values = self.swin.checked_images(pixel_values)
         if self.training and bool_masked_pos is None and sparse_plan is None:
             geometry = SparseGeometry.from_config(self.config, (pixel_values.shape[2], pixel_values.shape[3]))
-            bool_masked_pos = sample_masks(len(pixel_values), geometry.unit_grid_size, self.config.mask_ratio)
+            bool_masked_pos = sample_masks(pixel_values.shape[0], geometry.unit_grid_size, self.config.mask_ratio)
         plan = self.swin.resolve_plan(pixel_values, bool_masked_pos, sparse_plan)
         outputs = self.swin(
             pixel_values,
@@ -866,7 +866,7 @@ class GreenSwinForMaskedImageModeling(GreenSwinPreTrainedModel):
             loss=loss,
             reconstruction=reconstruction[:, :, : pixel_values.shape[2], : pixel_values.shape[3]],
             logits=logits,
-            bool_masked_pos=None if plan is None else plan.bool_masked_pos.expand(len(pixel_values), -1),
+            bool_masked_pos=None if plan is None else plan.bool_masked_pos.expand(pixel_values.shape[0], -1),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             reshaped_hidden_states=outputs.reshaped_hidden_states,
@@ -877,7 +877,7 @@ class GreenSwinForMaskedImageModeling(GreenSwinPreTrainedModel):
     ) -> tuple[Tensor, Tensor]:
         """Loss over the masked units in float32, and the predictions of all units (zero where none was made)."""
         index, pixels = plan.masked_unit_index, predicted.shape[-1]
-        rows = len(predicted) if plan.is_shared else 1
+        rows = predicted.shape[0] if plan.is_shared else 1
         pool = predicted.reshape(rows, -1, pixels)  # [R, masked or units of the pool, P]
         target = gather_units(pixel_values, self.config.mask_unit_size, index, plan.is_shared)
         target = _at_least_float32(target.permute(0, 1, 3, 4, 2).flatten(2))  # [R, masked of the pool, P]
@@ -889,8 +889,8 @@ class GreenSwinForMaskedImageModeling(GreenSwinPreTrainedModel):
         loss = squared_error.sum() / max(squared_error.numel(), 1)
         if not masked_only:
             return loss, predicted
-        all_units = pool.new_zeros(rows, len(pixel_values) * plan.num_units // rows, pixels)
-        return loss, all_units.index_copy(1, index, pool).view(len(pixel_values), -1, pixels)
+        all_units = pool.new_zeros(rows, pixel_values.shape[0] * plan.num_units // rows, pixels)
+        return loss, all_units.index_copy(1, index, pool).view(pixel_values.shape[0], -1, pixels)
 
 
 class GreenSwinForImageClassification(GreenSwinPreTrainedModel):

@@ -112,7 +112,7 @@ def _open_labelled(recipe: PretrainingRecipe) -> tuple[LabelledImages, LabelledI
     if recipe.validation_split:
         return training, open_split(split=recipe.validation_split, class_names=training.class_names)
     bank, held_out = hold_out(training.source, recipe.validation_images, recipe.seed)
-    return replace(training, source=bank), held_out and replace(training, source=held_out)
+    return replace(training, source=bank), replace(training, source=held_out) if held_out else None
 
 
 __all__ = ["OnlineProbe", "open_probe"]

@@ -125,15 +125,16 @@ class PretrainingRecipe(RecipeFile):
     def with_flags(self, flags: dict[str, Any]) -> PretrainingRecipe:
         """The recipe with flags on top.
 
-        Flags for other data or channels drop what was said about the former ones; with other epochs alone the warm-up
-        keeps its share of the run.
+        Flags for other data or channels drop what was said about the former ones, and the probe, as other data may have
+        no labels and a stream cannot be probed; with other epochs alone the warm-up keeps its share of the run.
 
         Raises:
             ValueError: as `replace`.
         """
         defaults = {item.name: item.default for item in dataclasses.fields(self)}
         about = {
-            "data": ("subset", "split", "validation_split", "image_column", "label_column"),
+            "data": ("subset", "split", "validation_split", "image_column", "label_column", "probe_every"),
+            "streaming": ("probe_every",),
             "num_channels": ("mean", "std"),
         }
         dropped = [name for key, names in about.items() if key in flags for name in names]

@@ -113,16 +113,16 @@ class DenseLayout(TensorRecord):
 
     def gather(self, tokens: Tensor, heads: int) -> Tensor:
         (down, across), side = self.windows, self.window_size
-        windows = tokens.reshape(len(tokens), down, side, across, side, heads, -1).permute(0, 5, 1, 3, 2, 4, 6)
-        return windows.reshape(len(tokens), heads, down * across, side * side, -1)
+        windows = tokens.reshape(tokens.shape[0], down, side, across, side, heads, -1).permute(0, 5, 1, 3, 2, 4, 6)
+        return windows.reshape(tokens.shape[0], heads, down * across, side * side, -1)
 
     def scatter(self, windows: Tensor) -> Tensor:
         (down, across), side = self.windows, self.window_size
         grid = windows.unflatten(3, (side, side)).unflatten(2, (down, across))  # [B, h, down, across, side, side, d]
-        grid = grid.permute(0, 2, 4, 3, 5, 1, 6).reshape(len(windows), down * side, across * side, -1)
+        grid = grid.permute(0, 2, 4, 3, 5, 1, 6).reshape(windows.shape[0], down * side, across * side, -1)
         if self.shift_size:
             grid = grid.roll((self.shift_size, self.shift_size), dims=(1, 2))
-        return grid[:, : self.grid_size[0], : self.grid_size[1]].reshape(len(windows), -1, grid.shape[-1])
+        return grid[:, : self.grid_size[0], : self.grid_size[1]].reshape(windows.shape[0], -1, grid.shape[-1])
 
     def position_bias(self, table: Tensor) -> Tensor:
         return gather_position_bias(table, self.relative_position_index)
@@ -172,7 +172,7 @@ class VisibleLayout(TensorRecord):
         return gather_position_bias(table, self.plan.relative_position_index if index is None else index)
 
     def merge_siblings(self, tokens: Tensor) -> Tensor:
-        return tokens.reshape(len(tokens), -1, 4 * tokens.shape[-1])
+        return tokens.reshape(tokens.shape[0], -1, 4 * tokens.shape[-1])
 
     def scale_images(self, tokens: Tensor, factors: Tensor) -> Tensor:
         if self.image_index is None:

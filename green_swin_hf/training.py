@@ -254,7 +254,7 @@ def load_for_continued_training(
     if os.fspath(folder).startswith((".", "~", os.sep)) and not Path(folder).exists():
         raise ValueError(f"--init-from {folder} does not exist; give a folder with a model, or a name on the Hub")
     try:
-        with quiet_transformers():
+        with _quiet_transformers():
             loaded: Any = GreenSwinForMaskedImageModeling.from_pretrained(
                 folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True
             )
@@ -279,8 +279,7 @@ def load_for_continued_training(
 
 
 @contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Only errors of transformers are logged inside: what else it says of weights is said in one line here."""
+def _quiet_transformers() -> Iterator[None]:
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -394,6 +393,5 @@ __all__ = [
     "mean_prediction_loss",
     "model_inputs",
     "one_line_errors",
-    "quiet_transformers",
     "unused_folder",
 ]

@@ -203,7 +203,7 @@ def accuracy_figure(
     axes.set_xlabel("accuracy")
     axes.spines[["top", "right"]].set_visible(False)
     if len(bars) > 1 or chance is not None:
-        figure.legend(fontsize=8, frameon=False, ncols=3, loc="outside upper left")
+        figure.legend(fontsize=8, frameon=False, ncols=4, loc="outside lower left")
     if title:
         figure.suptitle(title, fontsize=10, x=0.01, ha="left", color=_INK)
     return figure

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from tiny import images, masks, seeded, tiny_config
+from tiny import images, masks, randomised, seeded, tiny_config
 from torch._dynamo.utils import counters
 
 from green_swin_hf import (
@@ -90,3 +90,22 @@ def test_whole_images_compile_once_in_training_and_evaluation():
         torch.testing.assert_close(logits, model(pixel_values=images(BATCH_SIZE)).logits, rtol=1e-5, atol=1e-6)
         compiled(pixel_values=images(BATCH_SIZE, seed=1))
     assert compiled_graphs() == 2
+
+
+@pytest.mark.filterwarnings("ignore")  # the code generator's own
+def test_generated_code_of_the_classifier_equals_eager_for_batches_of_any_size():
+    config = tiny_config(depths=(2, 1), num_heads=(1, 2), problem_type="single_label_classification")
+    model = randomised(GreenSwinForImageClassification(config))
+    compiled = torch.compile(model, dynamic=True)
+
+    def loss_and_gradients(forward, batch_size):
+        labels = torch.arange(batch_size) % 5
+        loss = forward(pixel_values=images(batch_size, seed=batch_size), labels=labels).loss
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    for batch_size in (4, 4, 3, 7):
+        expected = loss_and_gradients(model, batch_size)
+        for actual, value in zip(loss_and_gradients(compiled, batch_size), expected, strict=True):
+            torch.testing.assert_close(actual, value, rtol=1e-3, atol=1e-4)
+        assert compiled_graphs() == 1
+    assert not counters["graph_break"]

@@ -1,5 +1,6 @@
 """Labelled data sets: where classes come from, subsets of labels, samples, and what is wrong with a data set."""
 
+import doctest
 from pathlib import Path
 
 import datasets
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from green_swin_hf import labelled_images
 from green_swin_hf.data import EvaluationTransform
 from green_swin_hf.labelled_images import LabelledDataset, label_budget, load_labelled_images
 
@@ -152,11 +154,15 @@ def test_wrong_labels_are_named_with_the_remedy(tmp_path, labels, feature, optio
     assert "\n" not in str(caught.value)
 
 
-def test_a_split_without_images_is_named(tmp_path):
+def test_a_split_without_images_is_named(tmp_path, monkeypatch):
     images = load_labelled_images(write_parquet(tmp_path / "a.parquet", [0, 1], INTEGER))
-    images.select([]).source.dataset.save_to_disk(str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match=r"split 'train'.* has no rows; give another --split"):
-        load_labelled_images(tmp_path / "empty")
+    monkeypatch.setattr(labelled_images, "load_images", lambda *_, **__: images.select([]).source)
+    with pytest.raises(ValueError, match=r"split 'test': column label has no rows; give another --split"):
+        load_labelled_images("a", split="test")
+
+
+def test_the_example_in_the_docstring_holds():
+    assert doctest.testmod(labelled_images).failed == 0
 
 
 def test_folders_that_are_no_classes_are_named(folders):

@@ -6,6 +6,7 @@ import torch
 
 from green_swin_hf.modeling_green_swin import patchify, unit_statistics, unpatchify
 from green_swin_hf.visualization import (
+    accuracy_figure,
     loss_figure,
     masked_images,
     paste_reconstruction,
@@ -101,3 +102,28 @@ def test_a_curve_of_hardly_any_points_is_drawn(length, tmp_path):
     log = [{"epoch": float(s), "loss": 1.0, "learning_rate": 0.1} for s in range(length)]
     save_figure(loss_figure(log), tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_probes_have_a_panel_of_their_own_with_their_errors():
+    log = [{"epoch": float(s), "loss": 1.0, "learning_rate": 0.1} for s in range(10)]
+    upper, middle, lower = loss_figure(log, probes=[(0.0, 0.5, 0.1), (9.0, 0.75, 0.05)]).axes
+    assert list(middle.lines[0].get_ydata()) == [0.5, 0.75]
+    ends = [segment[:, 1].tolist() for segment in middle.collections[0].get_segments()]
+    assert ends == [pytest.approx([0.4, 0.6]), pytest.approx([0.7, 0.8])]
+    assert "k-NN" in middle.get_title(loc="left")
+    assert lower.get_xlabel() == "epoch"
+    assert upper.get_ylabel() == "loss"
+
+
+@pytest.mark.parametrize("names", [["one"], ["raw pixels", "random\nlast stage", "a/model\nlast stage"]])
+def test_bars_have_their_lengths_errors_and_names(names, tmp_path):
+    values = [(0.25 * (index + 1), 0.05) for index in range(len(names))]
+    figure = accuracy_figure(names, {"k-NN": values, "linear": [(0.5, 0.0)] * len(names)}, chance=0.1, title="title")
+    (axes,) = figure.axes
+    assert [bar.get_width() for bar in axes.patches[: len(names)]] == [value for value, _ in values]
+    assert [label.get_text() for label in axes.get_yticklabels()] == names
+    heights = [bar.get_y() for bar in axes.patches]
+    assert len(set(heights)) == 2 * len(names)  # none hides another
+    assert axes.yaxis_inverted()  # the first on top
+    save_figure(figure, tmp_path / "bars.png")
+    assert matplotlib.image.imread(tmp_path / "bars.png").shape[1] > 500

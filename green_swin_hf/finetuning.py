@@ -1,0 +1,319 @@
+"""What fine-tuning an image classifier needs beside `Trainer`: its start, its loss, its images, its checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Sampler
+from torchvision.transforms import v2
+from transformers import AutoImageProcessor, Trainer, ViTImageProcessor
+
+from .augmentation import FinetuningTransform, stack_samples
+from .configuration_green_swin import GreenSwinConfig, as_pair
+from .data import EpochSampler, EvaluationTransform
+from .finetuning_recipe import NO_MODEL, FinetuningRecipe
+from .image_processing_green_swin import GreenSwinImageProcessor
+from .labelled_images import LabelledImages, label_budget
+from .modeling_green_swin import GreenSwinForImageClassification
+from .training import _quiet_transformers
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def load_classifier(folder: str, class_names: Sequence[str], **changes: Any) -> GreenSwinForImageClassification:
+    """A classifier with the encoder of a folder or of a model on the Hub; with its head where the classes are the same.
+
+    Args:
+        folder: of a GreenSwin of any class, or of a stock Swin.
+        class_names: the classes, in the order of the labels.
+        **changes: fields of the configuration, such as `drop_path_rate`.
+
+    Raises:
+        ValueError: nothing there, nothing that loads, no whole encoder, or another geometry than `changes` ask for.
+    """
+    if os.fspath(folder).startswith((".", "~", os.sep)) and not Path(folder).exists():
+        raise ValueError(f"--model {folder} does not exist; give a folder with a model, a name on the Hub, or none")
+    changes = {**changes, **class_entries(class_names)}
+    try:
+        with _quiet_transformers():
+            same_classes = _class_names(GreenSwinConfig.from_pretrained(folder)) == tuple(class_names)
+            loaded: Any = GreenSwinForImageClassification.from_pretrained(
+                folder, output_loading_info=True, ignore_mismatched_sizes=True, **changes
+            )
+    except Exception as error:  # readers of files that are no weights raise what they like
+        raise ValueError(f"--model {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    model, report = loaded
+    _refuse_other_geometry(folder, report)
+    if not same_classes:
+        model.classifier = nn.Linear(model.config.hidden_size, len(class_names))
+        model._init_weights(model.classifier)
+    return model
+
+
+def _refuse_other_geometry(folder: str, report: dict[str, Any]) -> None:
+    """Raise a `ValueError` when anything but the head was missing or of another shape."""
+    mismatched = sorted(entry for entry in report["mismatched_keys"] if not entry[0].startswith("classifier."))
+    if mismatched:
+        name, found, wanted = mismatched[0]
+        raise ValueError(
+            f"--model {folder} does not fit: {name} is {list(found)} there and {list(wanted)} here; leave out "
+            "image_size and num_channels, or give those that it was made with"
+        )
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith("classifier."))
+    if missing:
+        raise ValueError(
+            f"--model {folder} lacks {len(missing)} weights of a Swin, such as {missing[0]}; give the folder of a "
+            "GreenSwin or a Swin"
+        )
+
+
+def class_entries(class_names: Sequence[str]) -> dict[str, Any]:
+    """`id2label` and `label2id` of a configuration."""
+    return {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
+
+
+def _class_names(config: GreenSwinConfig) -> tuple[str, ...]:
+    names: dict[Any, str] = dict(config.id2label or {})
+    return tuple(names[index] for index in range(len(names)))
+
+
+def build_classifier(recipe: FinetuningRecipe, class_names: Sequence[str]) -> GreenSwinForImageClassification:
+    """The model that a recipe starts from.
+
+    Raises:
+        ValueError: as `load_classifier`; fields of the recipe contradict each other, or the model's.
+    """
+    if recipe.from_scratch:
+        return GreenSwinForImageClassification(recipe.model_config(**class_entries(class_names)))
+    model = load_classifier(recipe.model, class_names, drop_path_rate=recipe.drop_path_rate, **_image_changes(recipe))
+    for name, wanted in recipe.config_changes().items():
+        found = getattr(model.config, name)
+        if _comparable(found) != _comparable(wanted):
+            raise ValueError(
+                f"{name} {_plain(wanted)} is not that of the model {recipe.model}, {_plain(found)}; leave it out "
+                f"(the flag --model takes all sizes from the model), or give --model {NO_MODEL} for random weights"
+            )
+    return model
+
+
+def _image_changes(recipe: FinetuningRecipe) -> dict[str, Any]:
+    changes = {"image_size": recipe.image_size, "num_channels": recipe.num_channels}
+    return {name: value for name, value in changes.items() if value is not None}
+
+
+def _comparable(value: Any) -> Any:
+    """A value of a configuration; a list as a tuple, a pair of equal sizes as one number."""
+    if isinstance(value, list | tuple):
+        return value[0] if len(value) == 2 and value[0] == value[1] and isinstance(value[0], int) else tuple(value)
+    return value
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+# Images
+
+
+@dataclass(frozen=True)
+class CentralCropTransform(EvaluationTransform):
+    """Resizes the shorter side to `shortest_edge` and takes the centre of `image_size`, as an image processor does.
+
+    Attributes:
+        shortest_edge: pixels.
+    """
+
+    shortest_edge: int = 256
+
+    def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """[C, H, W] uint8 of any size → [C, rows, columns] float32; `generator` is not used."""
+        resized = v2.functional.resize(image, [self.shortest_edge], v2.InterpolationMode.BICUBIC, antialias=True)
+        rows, columns = as_pair(self.image_size)
+        # Half a pixel goes to the top and left, as in transformers (torchvision rounds it to even).
+        top, left = (resized.shape[-2] - rows) // 2, (resized.shape[-1] - columns) // 2
+        return self._normalized(resized[:, top : top + rows, left : left + columns])
+
+
+def complete_recipe(recipe: FinetuningRecipe, config: GreenSwinConfig) -> FinetuningRecipe:
+    """The recipe with what it leaves to the model: size and channels of images, and their normalisation.
+
+    Raises:
+        ValueError: mean or std do not fit the channels, or images can be neither grey nor colour.
+    """
+    channels = config.num_channels
+    if channels not in (1, 3):
+        raise ValueError(f"num_channels {channels} of the model must be 1 (grey) or 3 (colour)")
+    mean, std = recipe.mean, recipe.std
+    if (mean is None or std is None) and not recipe.from_scratch:
+        processor = _processor_of(recipe.model)
+        if processor is not None and len(processor.image_mean) == channels:
+            mean, std = mean or tuple(processor.image_mean), std or tuple(processor.image_std)
+    defaults = EvaluationTransform(as_pair(config.image_size), channels, mean=mean, std=std)  # raises where they misfit
+    size = config.image_size if isinstance(config.image_size, int) else tuple(config.image_size)
+    return recipe.replace(image_size=size, num_channels=channels, mean=defaults.mean, std=defaults.std)
+
+
+def _processor_of(folder: str) -> Any:
+    with contextlib.suppress(OSError, ValueError), _quiet_transformers():
+        return AutoImageProcessor.from_pretrained(folder)
+    return None
+
+
+def build_transforms(recipe: FinetuningRecipe) -> tuple[FinetuningTransform, EvaluationTransform]:
+    """(for training, for evaluation) of a complete recipe."""
+    size = as_pair(_known(recipe.image_size))
+    shared: dict[str, Any] = {"num_channels": recipe.num_channels, "mean": recipe.mean, "std": recipe.std}
+    names = ("crop_scale", "crop_ratio", "rand_augment", "rand_augment_std", "rand_augment_ops")
+    more = ("rand_augment_probability", "color_jitter", "random_erasing")
+    augmentation = {name: getattr(recipe, name) for name in (*names, *more)}
+    training = FinetuningTransform(size, flip=0.5 if recipe.flip else 0.0, **augmentation, **shared)
+    if recipe.evaluation_crop is None:
+        return training, EvaluationTransform(size, **shared)
+    return training, CentralCropTransform(size, shortest_edge=_shortest_edge(recipe), **shared)
+
+
+def build_processor(recipe: FinetuningRecipe) -> ViTImageProcessor:
+    """What prepares images for the finished model as evaluation does, of a complete recipe."""
+    rows, columns = as_pair(_known(recipe.image_size))
+    size = {"height": rows, "width": columns}
+    crop: dict[str, Any] = {}
+    if recipe.evaluation_crop is not None:
+        crop = {"do_center_crop": True, "crop_size": size}
+        size = {"shortest_edge": _shortest_edge(recipe)}
+    # Colour needs nothing of ours, so its file names the class that everybody has.
+    kind = ViTImageProcessor if recipe.num_channels == 3 else GreenSwinImageProcessor
+    return kind(
+        size=size,
+        resample=3,  # bicubic
+        image_mean=list(_known(recipe.mean)),
+        image_std=list(_known(recipe.std)),
+        do_convert_rgb=recipe.num_channels == 3 or None,
+        **crop,
+    )
+
+
+def _shortest_edge(recipe: FinetuningRecipe) -> int:
+    return round(max(as_pair(_known(recipe.image_size))) / _known(recipe.evaluation_crop))
+
+
+def _known(value: Any) -> Any:
+    if value is None:
+        raise TypeError("the recipe is not complete: see complete_recipe")
+    return value
+
+
+def split_off(images: LabelledImages, share: float, seed: int) -> tuple[LabelledImages, LabelledImages | None]:
+    """(images to train on, a class-balanced share of the images to measure on; None with a share of 0).
+
+    Raises:
+        ValueError: nothing would be left to train on of some class.
+    """
+    if not share:
+        return images, None
+    held = label_budget(images.labels, share, seed)
+    rest = sorted(set(range(len(images))) - set(held))
+    train = images.select(rest)
+    without = [images.class_names[i] for i in sorted(set(images.labels.tolist()) - set(train.labels.tolist()))]
+    if without:
+        raise ValueError(
+            f"data set {images.source.name!r} has too few images of class {without[0]!r} to hold out {share:.0%} for "
+            "validation; give --validation-split, or --validation-share 0"
+        )
+    return train, images.select(held)
+
+
+# Training
+
+
+class ClassificationTrainer(Trainer):
+    """`Trainer` whose loss takes classes and distributions over them, and whose order of images is its own.
+
+    Labels never reach the model: it would take a distribution for several labels at once. Loss and gradients are means
+    over a batch, as the training batches are all of one size. Evaluation, with classes as labels, measures the plain
+    cross entropy.
+
+    Args:
+        evaluation_collator: makes batches for `evaluate` and `predict`.
+    """
+
+    def __init__(self, *args: Any, evaluation_collator: Any = stack_samples, **options: Any):
+        super().__init__(*args, **options)
+        self.evaluation_collator = evaluation_collator
+        self.model_accepts_loss_kwargs = False  # the mean is taken here
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Cross entropy in float32 with `labels` [B] (classes) or [B, classes] (distributions)."""
+        outputs = model(pixel_values=inputs["pixel_values"])
+        loss = cross_entropy(outputs.logits.float(), inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_learning_rate(self) -> float:
+        """That of the head for the log, the highest: with layer-wise decay the first group has the lowest."""
+        scheduler: Any = self.lr_scheduler
+        return max(scheduler.get_last_lr())
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        return EpochSampler(dataset, seed=self.args.seed)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        with self._evaluating():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        with self._evaluating():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Nothing is mixed or left out in evaluation."""
+        training, drop_last = self.data_collator, self.args.dataloader_drop_last
+        self.data_collator, self.args.dataloader_drop_last = self.evaluation_collator, False
+        try:
+            yield
+        finally:
+            self.data_collator, self.args.dataloader_drop_last = training, drop_last
+
+
+def newest_trainer_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that `Trainer` wrote to its end in `folder`; None without one."""
+    paths = [path for path in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name) and is_whole(path)]
+    return max(paths, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether `Trainer` wrote a checkpoint to its end: the file with its state is the last one."""
+    names = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt")
+    return all((checkpoint / name).is_file() for name in names) and count_processes(checkpoint) > 0
+
+
+def count_processes(checkpoint: Path) -> int:
+    """Processes of the run that wrote a checkpoint: each keeps the state of its random generators."""
+    return len(list(checkpoint.glob("rng_state*.pth")))
+
+
+__all__ = [
+    "CentralCropTransform",
+    "ClassificationTrainer",
+    "build_classifier",
+    "build_processor",
+    "build_transforms",
+    "class_entries",
+    "complete_recipe",
+    "count_processes",
+    "is_whole",
+    "load_classifier",
+    "newest_trainer_checkpoint",
+    "split_off",
+]

@@ -1,0 +1,47 @@
+"""Image processors of ViT that also prepare images for models of grey images.
+
+Pipelines turn every picture into colour before a processor sees it. A processor whose `image_mean` has one entry
+belongs to a model with one channel and turns it back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image
+from transformers import ViTImageProcessorPil
+from transformers.utils import is_torchvision_available
+
+
+def _as_expected(image: Any, num_channels: int) -> Any:
+    """The image in grey where one channel is expected; arrays and tensors are taken to be as they should."""
+    if num_channels == 1 and isinstance(image, Image.Image) and image.mode != "L":
+        return image.convert("L")
+    return image
+
+
+class GreenSwinImageProcessorPil(ViTImageProcessorPil):
+    """`GreenSwinImageProcessor` without torchvision."""
+
+    def process_image(self, image: Any, *args: Any, **options: Any) -> Any:
+        return super().process_image(_as_expected(image, len(self.image_mean)), *args, **options)
+
+
+if is_torchvision_available():
+    from transformers import ViTImageProcessor
+
+    class GreenSwinImageProcessor(ViTImageProcessor):
+        """Resizes and normalises as `ViTImageProcessor`; pictures become grey where `image_mean` has one entry."""
+
+        def process_image(self, image: Any, *args: Any, **options: Any) -> Any:
+            return super().process_image(_as_expected(image, len(self.image_mean)), *args, **options)
+
+    def image_processors() -> dict[str, type]:
+        """Classes by backend, for `AutoImageProcessor.register`."""
+        return {"torchvision": GreenSwinImageProcessor, "pil": GreenSwinImageProcessorPil}
+
+else:
+
+    def image_processors() -> dict[str, type]:
+        """Classes by backend, for `AutoImageProcessor.register`."""
+        return {"pil": GreenSwinImageProcessorPil}
