@@ -239,7 +239,9 @@ def write_results(study: Study) -> None:
     described = describe_run(Namespace(device=study.device.type))
     summary = {name: described[name] for name in ("machine", "versions", "date")}
     counts = {name: len(getattr(study.task, name)) for name in ("unlabelled", "train", "validation", "test")}
-    summary |= {"recipe": study.recipe.to_dict(), "images": counts, "gains": report.gains(study.cells)}
+    recipe = study.recipe.to_dict()
+    recipe |= {key: Path(recipe[key]).name for key in study.recipe.path_keys if key in recipe}  # not of this machine
+    summary |= {"recipe": recipe, "images": counts, "gains": report.gains(study.cells)}
     replace_text(study.output / "results.json", json.dumps(summary, indent=2) + "\n")
     replace_text(study.output / "tables.md", report.tables(study.cells))
     report.draw(study.cells, study.output / "accuracy.png", describe(study))
