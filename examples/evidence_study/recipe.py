@@ -131,4 +131,5 @@ class EvidenceRecipe(RecipeFile):
         names = ("image_size", "patch_size", "embed_dim", "depths", "num_heads", "window_size", "mask_ratio")
         decoder = ("decoder_hidden_size", "decoder_num_attention_heads", "decoder_intermediate_size")
         fields = {name: getattr(self, name) for name in (*names, *decoder)}
-        return GreenSwinConfig(num_channels=1, drop_path_rate=0.0, layer_norm_eps=1e-6, **fields)
+        # Stock Swin takes 1e-5 for some of its norms whatever the config says: with it everywhere both are the same.
+        return GreenSwinConfig(num_channels=1, drop_path_rate=0.0, layer_norm_eps=1e-5, **fields)
