@@ -150,26 +150,27 @@ def _pretraining_table(cells: Cells) -> str:
 
 
 def draw(cells: Cells, path: Path, title: str = "") -> None:
-    """Accuracy against labels: fine-tuning of every arm at the left, frozen features at the right."""
+    """Accuracy against labels: a panel for fine-tuning and one for frozen features, where there are any."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from green_swin_hf.visualization import save_figure
 
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    parts = {"finetune": _draw_finetuning, "probe": _draw_probes}
+    panels = [draw_part for kind, draw_part in parts.items() if cells.of_kind(kind)]
+    figure = Figure(figsize=(5.5 * len(panels), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
     figure.suptitle(title, fontsize=11)
-    _draw_finetuning(left, cells)
-    _draw_probes(right, cells)
-    for axes in (left, right):
+    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    counts = list(label_counts(cells).values())
+    for axes, draw_part in zip(row, panels, strict=True):
+        draw_part(axes, cells)
         axes.set_xscale("log")
-        counts = list(label_counts(cells).values())
         axes.set_xticks(counts, [f"{count:,}" for count in counts])
         axes.minorticks_off()
         axes.set_xlabel("labelled images")
         axes.grid(alpha=0.3)
-    left.set_ylabel("test accuracy, %")
+    row[0].set_ylabel("test accuracy, %")
     save_figure(figure, path)
 
 
@@ -190,8 +191,7 @@ def _draw_probes(axes: Any, cells: Cells) -> None:
         style = {"color": colour, "marker": marker, "markersize": 5}
         _draw_line(axes, done, arm, "linear", cells, label=encoder_title(arm), **style)
         _draw_line(axes, done, arm, "knn", cells, linestyle="--", alpha=0.7, **style)
-    if done:
-        axes.legend(fontsize=8, loc="upper left")
+    axes.legend(fontsize=8, loc="upper left")
 
 
 def _draw_line(axes: Any, done: Sequence[Cell], arm: str, key: str, cells: Cells, **style: Any) -> None:
