@@ -190,6 +190,7 @@ _KIND_NAMES = {
     tuple[float, ...]: "a list of numbers",
     tuple[str, ...]: "a list of words",
     tuple[float, float]: "two numbers",
+    tuple[str, ...]: "a list of names",
 }
 
 

@@ -1,0 +1,110 @@
+"""Pretraining by masked image modeling on images in memory, visible-only or dense, with its time."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, SwinConfig, SwinForMaskedImageModeling
+
+from green_swin_hf import GreenSwinConfig, GreenSwinForMaskedImageModeling, sample_masks
+from green_swin_hf.checkpointing import replace_files
+from green_swin_hf.data import seeded_generator
+from green_swin_hf.optimization import build_optimizer, cosine_schedule
+
+from .recipe import EvidenceRecipe
+from .tasks import Task, shuffled
+
+# Streams of random numbers that must not be the same for one seed.
+_WEIGHTS, _ORDER, _IMAGES = 1, 2, 3
+LOSSES_KEPT = 20
+MAX_GRAD_NORM = 5.0
+
+
+class Stopwatch:
+    """Seconds since it was made: by the wall clock, and those that this process was computing.
+
+    On the CPU the second does not count the time that other processes took, or for which this one was stopped.
+    """
+
+    def __init__(self) -> None:
+        self.wall, self.busy = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        wall, busy = time.perf_counter() - self.wall, time.process_time() - self.busy
+        return {"seconds": round(wall, 2), "cpu_seconds": round(busy, 2)}
+
+
+def swin_config(config: GreenSwinConfig) -> SwinConfig:
+    """The same encoder for transformers' own Swin classes."""
+    names = ("image_size", "patch_size", "num_channels", "embed_dim", "depths", "num_heads", "window_size")
+    more = ("mlp_ratio", "drop_path_rate", "layer_norm_eps", "initializer_range", "encoder_stride")
+    return SwinConfig(**{name: getattr(config, name) for name in (*names, *more)})
+
+
+def build_masked_model(method: str, config: GreenSwinConfig, seed: int) -> PreTrainedModel:
+    """GreenSwin ("green") or transformers' SimMIM ("dense") with random weights that depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeded_generator(seed, _WEIGHTS).initial_seed())
+        if method == "green":
+            return GreenSwinForMaskedImageModeling(config)
+        return SwinForMaskedImageModeling(swin_config(config))
+
+
+def masks_for(method: str, config: GreenSwinConfig, count: int, ratio: float, generator: torch.Generator) -> Tensor:
+    """Masks for `count` images: on mask units for GreenSwin, on patches for SimMIM, of the same squares."""
+    rows, columns = config.mask_grid_size
+    units = sample_masks(count, (rows, columns), ratio, generator)
+    if method == "green":
+        return units
+    side = config.mask_unit_size // config.patch_length
+    grid = units.view(count, rows, columns).repeat_interleave(side, 1).repeat_interleave(side, 2)
+    return grid.flatten(1).long()
+
+
+def pretrain(
+    method: str, recipe: EvidenceRecipe, task: Task, seed: int, folder: Path, device: torch.device, epochs: float
+) -> dict[str, Any]:
+    """Pretrain on the training images and save the model to `folder`; returns what a cell keeps of it."""
+    config, images = recipe.model_config(), task.unlabelled
+    model = build_masked_model(method, config, seed).to(device).train()
+    peak = recipe.learning_rate if method == "green" else recipe.dense_learning_rate
+    ratio = recipe.mask_ratio if method == "green" else recipe.dense_mask_ratio
+    batch_size = min(recipe.batch_size, len(images))
+    per_epoch = len(images) // batch_size
+    steps = max(1, round(epochs * per_epoch))
+    optimizer = build_optimizer(model, peak, weight_decay=recipe.weight_decay)
+    schedule = cosine_schedule(optimizer, math.ceil(recipe.warmup * steps), steps)
+    generator = seeded_generator(seed, _IMAGES)
+    losses, stopwatch = [], Stopwatch()
+    for step in tqdm(range(steps), desc=f"pretraining, {method}, seed {seed}", mininterval=1, leave=False):
+        epoch, place = divmod(step, per_epoch)
+        if place == 0:
+            order = shuffled(len(images), seed + _ORDER, epoch)
+        rows = order[place * batch_size : (place + 1) * batch_size]
+        pixels = task.varied(images[rows], generator).to(device)
+        masks = masks_for(method, config, len(rows), ratio, generator)
+        loss = model(pixel_values=pixels, bool_masked_pos=masks if method == "green" else masks.to(device)).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        losses.append(loss.detach())
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    result = {"steps": steps, "epochs": epochs, **stopwatch.read(), "losses": _thinned(losses)}
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_files(folder, model.save_pretrained)
+    return result
+
+
+def _thinned(losses: list[Tensor]) -> list[float]:
+    """Mean losses of equal parts of the training, in order."""
+    parts = torch.stack(losses).float().cpu().tensor_split(min(LOSSES_KEPT, len(losses)))
+    return [round(part.mean().item(), 4) for part in parts]

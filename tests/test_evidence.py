@@ -1,0 +1,348 @@
+"""The study of what pretraining is worth: its parts on tiny numbers, its rules, and what it says to wrong input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from evidence_study.arms import ARMS
+from evidence_study.cells import Cells
+from evidence_study.finetuning import FlatCurve, build_classifier
+from evidence_study.placed import Placement, place_garments, prepare_photo, silhouettes
+from evidence_study.pretraining import build_masked_model, masks_for, swin_config
+from evidence_study.recipe import EvidenceRecipe
+from evidence_study.report import gains, percent
+from evidence_study.tasks import load_task, vary, with_margin
+from test_examples import load_script
+from transformers import SwinForMaskedImageModeling
+
+from green_swin_hf.labelled_images import label_budget
+from green_swin_hf.recipe_files import load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "examples" / "evidence.py"
+RECIPES = ROOT / "examples" / "recipes" / "evidence"
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    return load_script(SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def quick_recipe():
+    return load_recipe(RECIPES / "quick.yaml", EvidenceRecipe)
+
+
+@pytest.fixture(scope="module")
+def task(quick_recipe):
+    return load_task(quick_recipe)
+
+
+@pytest.fixture(scope="module")
+def finished(evidence, tmp_path_factory):
+    """A folder with the whole quick study."""
+    folder = tmp_path_factory.mktemp("study") / "evidence"
+    assert evidence.main(["--quick", "--output-dir", str(folder)]) == 0
+    return folder
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "cells.jsonl").read_text().splitlines()]
+
+
+# The study
+
+
+def test_a_quick_study_has_every_cell_of_every_arm(finished):
+    cells = lines_of(finished)
+    of = {kind: {(c["arm"], c["budget"]) for c in cells if c["kind"] == kind} for kind in ("probe", "finetune")}
+    budgets = {0.05, 1.0}
+    assert of["finetune"] == {(arm, budget) for arm in ARMS for budget in budgets}
+    assert of["probe"] == {(arm, budget) for arm in ("pixels", *ARMS) for budget in budgets}
+    assert [c["arm"] for c in cells if c["kind"] == "pretraining"] == ["green", "dense", "green_third", "green_equal"]
+    assert all(0 <= c["test"] <= 1 and c["cpu_seconds"] > 0 for c in cells if c["kind"] == "finetune")
+
+
+def test_timed_arms_get_their_share_of_the_dense_time(finished):
+    cells = {c["arm"]: c for c in lines_of(finished) if c["kind"] == "pretraining"}
+    an_epoch = cells["green"]["cpu_seconds"] / cells["green"]["epochs"]
+    for arm, share in (("green_third", 1 / 3), ("green_equal", 1.0)):
+        assert cells[arm]["epochs"] * an_epoch == pytest.approx(share * cells["dense"]["cpu_seconds"], rel=1e-3)
+
+
+def test_a_study_leaves_tables_a_picture_and_a_summary(finished):
+    tables = (finished / "tables.md").read_text()
+    for text in ("raw pixels", "random encoder", "scratch", "dense SimMIM", "200 labels (100 %)", "10 labels (5 %)"):
+        assert text in tables
+    summary = json.loads((finished / "results.json").read_text())
+    assert summary["machine"]["cores"] == os.cpu_count()
+    assert summary["recipe"]["seeds"] == [0]
+    assert (finished / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_cells_are_not_computed_again(evidence, finished, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("computed again")
+
+    before = (finished / "cells.jsonl").read_bytes()
+    for name in ("pretrain", "probe", "finetune"):
+        monkeypatch.setattr(evidence, name, never)
+    assert evidence.main(["--output-dir", str(finished)]) == 0
+    assert (finished / "cells.jsonl").read_bytes() == before
+
+
+def test_an_interrupted_study_computes_what_is_missing(evidence, finished, monkeypatch):
+    path = finished / "cells.jsonl"
+    whole = path.read_text()
+    last = json.loads(whole.splitlines()[-1])
+    path.write_text(whole[:-20])  # cut off while the last line was written
+    for name in ("pretrain", "probe"):
+        monkeypatch.setattr(evidence, name, None)
+    assert evidence.main(["--output-dir", str(finished)]) == 0
+    again = lines_of(finished)[-1]
+    same = ("kind", "arm", "seed", "budget", "learning_rate", "validation", "test", "curve", "steps")
+    assert {key: again[key] for key in same} == {key: last[key] for key in same}
+    assert len(lines_of(finished)) == len(whole.splitlines())
+
+
+def test_a_study_as_a_user_runs_it_names_wrong_input_in_one_line(tmp_path):
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--quick",
+        "--arms",
+        "green",
+        "sparse",
+        "--output-dir",
+        str(tmp_path / "no"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "evidence.py: error: arms 'sparse' must be one of scratch, green, dense, green_third, green_equal"
+    ]
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--budgets", "0.1", "2"], "budgets 2.0"),
+        (["--epochs", "0"], "epochs 0.0"),
+        (["--placed-gain", "0.9", "0.5"], "placed_gain [0.9, 0.5]"),
+        (["--data", "./missing"], "./missing"),
+        (["--photos", "./missing"], "./missing"),
+        (["--arms", "scratch", "dense", "green_third"], "green_third"),
+        (["--seeds", "1", "1"], "seeds [1, 1]"),
+        (["--image-size", "50"], "image_size 50"),
+        (["--task", "plain", "--image-size", "24"], "image_size 24"),
+        (["--recipe", "x.yaml"], "--quick"),
+    ],
+)
+def test_wrong_input_writes_nothing(evidence, tmp_path, capsys, flags, named):
+    with pytest.raises(SystemExit) as stopped:
+        evidence.main(["--quick", "--output-dir", str(tmp_path / "no"), *flags])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert named in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "no").exists()
+
+
+def test_cells_of_other_settings_are_not_mixed(evidence, finished, capsys):
+    with pytest.raises(SystemExit):
+        evidence.main(["--output-dir", str(finished), "--mask-ratio", "0.5"])
+    assert "mask_ratio 0.75, not 0.5" in capsys.readouterr().err
+
+
+def test_all_recipes_are_read():
+    for path in RECIPES.glob("*.yaml"):
+        load_recipe(path, EvidenceRecipe)
+
+
+# Labels
+
+
+def test_label_subsets_are_balanced_nested_and_apart_from_validation_and_test(task):
+    small, large = (set(label_budget(task.train.labels, share, seed=1)) for share in (0.1, 0.5))
+    assert small < large
+    assert task.train.labels[sorted(small)].bincount(minlength=10).tolist() == [2] * 10
+    trained, others = (
+        {image.numpy().tobytes() for image in images}
+        for images in (task.train.images, torch.cat([task.validation.images, task.test.images]))
+    )
+    assert not trained & others
+
+
+# Placed images
+
+
+@pytest.fixture(scope="module")
+def photos():
+    generator = torch.Generator().manual_seed(0)
+    return [
+        prepare_photo(torch.randint(256, (1, *size), generator=generator).byte()) for size in ((200, 300), (170, 170))
+    ]
+
+
+def white_squares(count):
+    garments = torch.zeros(count, 1, 28, 28, dtype=torch.uint8)
+    garments[..., 4:24, 4:24] = 255
+    return garments
+
+
+def test_a_placed_image_depends_on_seed_and_index_alone(photos):
+    garments = white_squares(6)
+    placement = Placement(size=48)
+    images = place_garments(garments, photos, placement, seed=3)
+    torch.testing.assert_close(place_garments(garments[4:], photos, placement, 3, first_index=4), images[4:])
+    assert not torch.equal(images[0], images[1])
+    assert not torch.equal(place_garments(garments, photos, placement, seed=4), images)
+
+
+def test_a_placed_garment_is_whole_and_has_the_size_drawn(photos):
+    black = [torch.zeros_like(photo) for photo in photos]
+    placement = Placement(size=48, scale=(0.5, 0.5), degrees=0.0, gain=(1.0, 1.0))
+    images = place_garments(white_squares(20), black, placement, seed=0).float() / 255
+    side = 20 * 24 / 28  # pixels of the square, whose image of 28 px is drawn 24 px wide
+    torch.testing.assert_close(images.sum(dim=(1, 2, 3)), torch.full((20,), side**2), rtol=0.03, atol=0)
+    centres = [image[0].nonzero().float().mean(0).tolist() for image in images]
+    assert max(row for row, _ in centres) - min(row for row, _ in centres) > 12
+
+
+def test_around_a_garment_is_background_and_inside_is_garment(photos):
+    white = [torch.full_like(photo, 255) for photo in photos]
+    hollow = white_squares(1)
+    hollow[..., 12:14, 12:14] = 0  # a dark button is part of the garment
+    placement = Placement(size=28, scale=(1.0, 1.0), degrees=0.0, gain=(1.0, 1.0))
+    image = place_garments(hollow, white, placement, seed=0)[0, 0]
+    assert image[0].min() == 255
+    assert image[12:14, 12:14].max() == 0
+    assert silhouettes(hollow)[0, 0].sum() == 20 * 20
+
+
+def test_a_dimmed_background_leaves_the_garment_as_it_is(photos):
+    sharp, dim = (Placement(size=28, background=(gain, gain), gain=(1.0, 1.0)) for gain in (1.0, 0.0))
+    bright, alone = (place_garments(white_squares(4), photos, placement, seed=0).int() for placement in (sharp, dim))
+    assert torch.equal(bright[alone == 255], alone[alone == 255])
+    assert alone[:, :, 0, 0].max() == 0
+    assert (bright >= alone).all()
+
+
+def test_placed_images_keep_the_labels_and_other_placements_come_after(quick_recipe, task):
+    plain = load_task(quick_recipe.replace(task="plain"))
+    assert torch.equal(task.train.labels, plain.train.labels)
+    twice = load_task(quick_recipe.replace(placements=2))
+    assert torch.equal(twice.unlabelled[:200], task.train.images)
+    assert torch.equal(twice.train.images, task.train.images)
+    assert len(twice.unlabelled) == 400
+    assert not torch.equal(twice.unlabelled[200:], twice.unlabelled[:200])
+
+
+# Images in training
+
+
+def test_varied_images_are_shifted_and_mirrored_copies():
+    image = torch.zeros(1, 1, 9, 9, dtype=torch.uint8)
+    image[0, 0, 4, 3] = 200
+    varied = vary(image.expand(64, -1, -1, -1), torch.Generator().manual_seed(0), shift=2, flip=True)
+    assert varied.sum(dim=(1, 2, 3)).eq(200).all()
+    places = varied.nonzero()[:, 2:]
+    assert places[:, 0].unique().tolist() == [2, 3, 4, 5, 6]
+    assert places[:, 1].unique().tolist() == [1, 2, 3, 4, 5, 6, 7]
+    unchanged = vary(image, torch.Generator().manual_seed(0), shift=0, flip=False)
+    assert torch.equal(unchanged, image)
+
+
+def test_a_margin_is_black_and_even():
+    framed = with_margin(torch.full((1, 1, 28, 28), 9, dtype=torch.uint8), 32)
+    assert framed.shape == (1, 1, 32, 32)
+    assert framed[..., 2:30, 2:30].min() == 9
+    assert framed.sum() == 9 * 28 * 28
+
+
+# Arms
+
+
+def test_the_dense_arm_starts_from_exactly_its_pretrained_encoder(quick_recipe, finished):
+    folder = finished / "encoders" / "dense-0"
+    pretrained = SwinForMaskedImageModeling.from_pretrained(folder).eval()
+    classifier = build_classifier(quick_recipe, 10, 0, folder).eval()
+    images = torch.randn(3, 1, 48, 48)
+    with torch.no_grad():
+        expected = pretrained.swin(images).last_hidden_state
+        torch.testing.assert_close(classifier.swin(images).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+    random = build_classifier(quick_recipe, 10, 0, None).eval()
+    assert not torch.allclose(random.swin(images).last_hidden_state, expected, atol=0.1)
+
+
+def test_both_ways_of_pretraining_have_the_same_encoder_and_mask_the_same_squares(quick_recipe):
+    config = quick_recipe.model_config()
+    count = {
+        method: sum(
+            p.numel() for n, p in build_masked_model(method, config, 0).swin.named_parameters() if "mask" not in n
+        )
+        for method in ("green", "dense")
+    }
+    assert count["green"] == count["dense"]
+    units, patches = (
+        masks_for(method, config, 2, 0.6, torch.Generator().manual_seed(0)) for method in ("green", "dense")
+    )
+    grid = patches.view(2, 4, 4, 4, 4).transpose(2, 3).flatten(3)  # [images, units, units, patches of a unit]
+    assert torch.equal(grid.amin(-1), grid.amax(-1))
+    assert torch.equal(grid.amax(-1).flatten(1).bool(), units)
+    assert swin_config(config).encoder_stride == config.mask_unit_size
+
+
+# The rule that ends trainings
+
+
+def decisions(values, patience):
+    rule = FlatCurve(patience)
+    return [rule.look(value) for value in values]
+
+
+def test_a_rising_curve_is_never_stopped():
+    assert set(decisions([step / 100 for step in range(100)], patience=1)) == {"better"}
+
+
+def test_a_flat_curve_lowers_the_rate_once_and_then_ends():
+    assert decisions([0.5] * 7, patience=3) == ["better", "go on", "go on", "lower", "go on", "go on", "stop"]
+
+
+def test_a_better_value_after_a_wait_counts_anew():
+    assert decisions([0.5, 0.4, 0.6, 0.5, 0.5], patience=2) == ["better", "go on", "better", "go on", "lower"]
+
+
+# Cells and figures
+
+
+def test_of_several_learning_rates_the_one_best_on_validation_counts(tmp_path):
+    cells = Cells(tmp_path / "cells.jsonl")
+    for arm, seed, rate, validation, test in (
+        ("scratch", 0, 1e-3, 0.6, 0.58),
+        ("scratch", 0, 3e-3, 0.5, 0.70),
+        ("green", 0, 1e-3, 0.7, 0.66),
+        ("green", 1, 1e-3, 0.9, 0.9),  # no scratch of that seed to compare with
+    ):
+        cell = {"kind": "finetune", "arm": arm, "seed": seed, "budget": 0.01, "learning_rate": rate}
+        cells.add({**cell, "labels": 80, "validation": validation, "test": test})
+    read = Cells(tmp_path / "cells.jsonl")
+    assert read.best_finetuning("scratch", 0, 0.01)["test"] == 0.58
+    assert gains(read) == [{"arm": "green", "budget": 0.01, "labels": 80, "points": [8.0]}]
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    path.write_text('{"kind": "probe", "arm": "green", "seed": 0}\nnonsense\n')
+    with pytest.raises(ValueError, match="line 2 is damaged"):
+        Cells(path)
+
+
+def test_spread_is_the_deviation_over_seeds():
+    assert percent([0.6, 0.7, 0.8]) == "70.0 ± 10.0"
