@@ -521,11 +521,13 @@ def print_results(run: Run, written: list[str], seconds: float) -> None:
     print(f"Wrote to {run.output}: {', '.join(written)}")
     image = run.validation.data.image_folder / run.validation.data.images[0]["file_name"]
     print("Next, for example, what it finds on an image:")
+    mode = {"L": "GRAY"}.get(run.validation.mode, run.validation.mode)
     print(
-        f"""  python -c "from torchvision.io import decode_image; from green_swin_hf.detection import load_detector; """
-        f"""model = load_detector('{run.output}'); image = decode_image('{image}', """
-        f"""mode='{run.validation.mode.replace("L", "GRAY")}') / 255; found = model([image])[0]; """
-        f"""print([model.settings.class_names[label - 1] for label in found['labels']], found['boxes'])" """.rstrip()
+        f"""  python -c "import torch; from torchvision.io import decode_image; """
+        f"""from green_swin_hf.detection import load_detector; torch.set_grad_enabled(False); """
+        f"""model = load_detector('{run.output}'); found = model([decode_image('{image}', mode='{mode}') / 255])[0]; """
+        f"""print([model.settings.class_names[label - 1] for label in found['labels'][:3]], """
+        """found['boxes'][:3])" """.rstrip()
     )
 
 

@@ -91,8 +91,8 @@ def _label_place(
     left, top, bottom = box
     line = 0.07 * height
     x = max(0.0, min(left, 0.68 * width))
-    tries = [y for y in (top - line / 2, bottom + line / 2, top + line / 2, bottom - line / 2) if 0 < y < height - 1]
-    tries = tries or [min(max(top, line), height - line)]
+    wanted = (top - line / 2, bottom + line / 2, top + line / 2, bottom - line / 2)
+    tries = [y for y in wanted if line / 2 <= y <= height - line / 2] or [height / 2]
     free = [y for y in tries if all(abs(y - other) > line or abs(x - at) > 0.3 * width for at, other in taken)]
     return x, (free or tries)[0]
 
