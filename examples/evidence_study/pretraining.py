@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, SwinConfig, SwinForMaskedImageModeling
+from transformers import SwinConfig, SwinForMaskedImageModeling
 
 from green_swin_hf import GreenSwinConfig, GreenSwinForMaskedImageModeling, sample_masks
 from green_swin_hf.checkpointing import replace_files
@@ -47,7 +47,7 @@ def swin_config(config: GreenSwinConfig) -> SwinConfig:
     return SwinConfig(**{name: getattr(config, name) for name in (*names, *more)})
 
 
-def build_masked_model(method: str, config: GreenSwinConfig, seed: int) -> PreTrainedModel:
+def build_masked_model(method: str, config: GreenSwinConfig, seed: int) -> Any:
     """GreenSwin ("green") or transformers' SimMIM ("dense") with random weights that depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeded_generator(seed, _WEIGHTS).initial_seed())
