@@ -438,7 +438,9 @@ def measure(trainer: ClassificationTrainer, dataset: LabelledDataset | None) -> 
         return None
     output = trainer.predict(dataset)  # type: ignore[arg-type]
     found = {name.removeprefix("test_"): value for name, value in (output.metrics or {}).items()}
-    values = {name: found[name] for name in ("loss", "top_1_accuracy", "top_5_accuracy") if name in found}
+    values: dict[str, Any] = {
+        name: found[name] for name in ("loss", "top_1_accuracy", "top_5_accuracy") if name in found
+    }
     return {"images": len(dataset), **values, "logits": output.predictions}
 
 
