@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
+from transformers.utils import logging as transformers_logging
 
 from .checkpointing import find_damage, list_checkpoints, newest_checkpoint
 from .optimization import native_bf16
@@ -65,7 +66,7 @@ def _newest_output(default: Path) -> Path:
 
 
 def build_accelerator(precision: str, threads: int | None, resumed_threads: int | None = None) -> Accelerator:
-    """accelerate's accelerator, after the threads of this process are set.
+    """accelerate's accelerator, after the threads of this process are set and transformers' progress bars are off.
 
     Args:
         precision: "auto" (bf16 where native, else fp32), "fp32", "bf16" or "fp16".
@@ -84,6 +85,7 @@ def build_accelerator(precision: str, threads: int | None, resumed_threads: int 
         # `accelerate launch` may leave a process on the CPU fewer threads than there are cores.
         share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.set_num_threads(threads or resumed_threads or share)
+    transformers_logging.disable_progress_bar()  # of loading weights: a run has a bar of its own
     automatic = "bf16" if native_bf16(device) else "fp32"
     chosen = automatic if precision == "auto" else precision
     return Accelerator(mixed_precision="no" if chosen == "fp32" else chosen)

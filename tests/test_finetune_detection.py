@@ -119,7 +119,7 @@ def test_accelerate_launch_leaves_a_detector_that_loads_and_pictures_and_a_log(t
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of about a minute on one core, by the default recipe but for fewer, larger and smaller-sided shapes."""
+    """A run of a minute or so on one core, by the default recipe but for fewer images with fewer, larger shapes."""
     output = tmp_path_factory.mktemp("trained") / "run"
     # fmt: off
     flags = [
@@ -180,9 +180,11 @@ def test_starting_from_a_pretrained_folder_takes_its_weights_statistics_and_chan
     ViTImageProcessor(image_mean=[0.2], image_std=[0.3]).save_pretrained(tmp_path / "mim")
     flags = [*given(shapes), *TINY, "--epochs", 1, "--learning-rate", 0, "--init-from", tmp_path / "mim"]
     flags += ["--drop-path-rate", 0.1]
+    capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         run_script(*flags, "--output-dir", tmp_path / "run")
-    assert "takes 1 channels; give --num-channels 1" in capsys.readouterr().err
+    message = f"--init-from {tmp_path / 'mim'} takes 1 channels; give --num-channels 1"
+    assert capsys.readouterr().err == f"finetune_detection.py: error: {message}\n"
     assert run_script(*flags, "--output-dir", tmp_path / "run", "--num-channels", 1) == 0
     detector = load_detector(tmp_path / "run")
     recipe = script.load_recipe(tmp_path / "run" / "recipe.yaml", script.DetectionRecipe)
