@@ -103,6 +103,5 @@ def _as_pgm_records(images: np.ndarray) -> pyarrow.StructArray:
     """Records `{"bytes", "path"}` of grey images [N, rows, columns] as PGM files: a header, then the pixels."""
     rows, columns = images.shape[1:]
     header = f"P5 {columns} {rows} 255\n".encode()
-    # As arrays: a dictionary for each of 60,000 images takes seconds and a gigabyte.
     files = pyarrow.array((header + image.tobytes() for image in images), pyarrow.binary(), size=len(images))
     return pyarrow.StructArray.from_arrays([files, pyarrow.nulls(len(images), pyarrow.string())], ["bytes", "path"])
