@@ -19,7 +19,7 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +301,14 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     print()
 
 
+def version_of(package: str) -> str | None:
+    """Its version; None where it is not installed, as scikit-learn need not be for classifiers."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def write_results(path: Path, recipe: EvaluationRecipe, results: dict[str, Any]) -> list[str]:
     """The JSON file and a picture beside it; returns what was written, as a sentence."""
     packages = ("torch", "transformers", "datasets", "scikit-learn")
@@ -309,7 +317,7 @@ def write_results(path: Path, recipe: EvaluationRecipe, results: dict[str, Any])
         **results,
         "versions": {
             "green-swin-hf": green_swin_hf.__version__,
-            **{name: version(name) for name in packages},
+            **{name: number for name in packages if (number := version_of(name))},
             "python": platform.python_version(),
         },
     }

@@ -60,6 +60,7 @@ from green_swin_hf.data import (
 from green_swin_hf.feature_probes import Accuracy
 from green_swin_hf.host_memory import keep_freed_memory
 from green_swin_hf.hub_upload import prepare_upload, upload_files
+from green_swin_hf.image_processing_green_swin import GreenSwinImageProcessor
 from green_swin_hf.online_probe import OnlineProbe, open_probe
 from green_swin_hf.optimization import build_optimizer, cosine_schedule, native_bf16, scaled_learning_rate
 from green_swin_hf.pretraining_recipe import PretrainingRecipe
@@ -483,7 +484,9 @@ def build_loader(
 def build_processor(recipe: PretrainingRecipe, config: GreenSwinConfig) -> ViTImageProcessor:
     """What prepares images for the finished model as `EvaluationTransform` does here."""
     height, width = as_pair(config.image_size)
-    return ViTImageProcessor(
+    # Colour needs nothing of ours, so its file names the class that everybody has.
+    kind = ViTImageProcessor if recipe.num_channels == 3 else GreenSwinImageProcessor
+    return kind(
         size={"height": height, "width": width},
         resample=3,  # bicubic
         image_mean=list(recipe.pixel_mean),

@@ -123,10 +123,11 @@ def label_budget(labels: Tensor, share_or_count: float | int, seed: int) -> list
     turn = torch.randperm(
         len(classes), generator=seeded_generator(seed, 1)
     )  # of each class, where not all get one more
+    by_class = torch.argsort(inverse, stable=True)
+    sizes = torch.bincount(inverse)
+    first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     rank = torch.empty_like(inverse)  # of each image among those of its class, in the random order
-    for index in range(len(classes)):
-        members = inverse == index
-        rank[members] = torch.arange(int(members.sum()))
+    rank[by_class] = torch.arange(len(inverse)) - first
     count = max(len(classes), round(len(labels) * share_or_count) if is_share else int(share_or_count))
     chosen = torch.argsort(rank * len(classes) + turn[inverse])[:count]  # all first ones, all second ones, …
     return sorted(order[chosen].tolist())
@@ -182,7 +183,11 @@ def _read_column(dataset: datasets.Dataset, column: str) -> pa.ChunkedArray:
 
 def _is_image_folder(images: ImageSource) -> bool:
     """Whether `load_images` made the data set of the files of a folder: it has nothing but their paths."""
-    return Path(images.name).expanduser().is_dir() and list(images.dataset.features) == [images.image_column]
+    is_folder = Path(images.name).expanduser().is_dir() and list(images.dataset.features) == [images.image_column]
+    if not is_folder or len(images.dataset) == 0:
+        return is_folder
+    record = images.dataset[0][images.image_column]
+    return record["bytes"] is None and record["path"] is not None
 
 
 def _with_folder_classes(images: ImageSource, split: str, place: str) -> ImageSource:
@@ -284,7 +289,8 @@ def _matched(
 
 
 def _check_all_present(labels: np.ndarray, names: tuple[str, ...], place: str) -> None:
-    missing = [name for number, name in enumerate(names) if number not in set(np.unique(labels).tolist())]
+    present = set(np.unique(labels).tolist())
+    missing = [name for number, name in enumerate(names) if number not in present]
     if missing:
         raise ValueError(
             f"{place} has no image of class {missing[0]!r} ({len(missing)} of {len(names)} classes have none); give a "

@@ -54,11 +54,13 @@ class OnlineProbe:
         was_training = encoder.training
         encoder.eval()
         compute = partial(frozen_features, encoder, kinds=[self.kind])
-        bank, held_out = (
-            extract_features(images, [compute], batch_size=self.batch_size, workers=self.workers, device=device)
-            for images in (self.bank, self.held_out)
-        )
-        encoder.train(was_training)
+        try:
+            bank, held_out = (
+                extract_features(images, [compute], batch_size=self.batch_size, workers=self.workers, device=device)
+                for images in (self.bank, self.held_out)
+            )
+        finally:
+            encoder.train(was_training)
         shares = weighted_knn(bank.features[self.kind], bank.labels, held_out.features[self.kind], self.num_classes)
         return Accuracy.of(is_among_top(shares, held_out.labels))
 

@@ -185,3 +185,11 @@ def test_several_columns_of_classes_are_to_be_chosen_from(tmp_path):
     with pytest.raises(ValueError, match=r"several columns of classes; set --label-column to one of: coarse, fine"):
         load_labelled_images(path)
     assert load_labelled_images(path, label_column="fine").labels.tolist() == [1, 0]
+
+
+def test_a_saved_data_set_of_images_alone_has_no_classes(tmp_path):
+    image = {"bytes": b"P5 1 1 255 \x00", "path": None}
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    datasets.Dataset.from_dict({"image": [image]}, features).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="no column"):
+        load_labelled_images(tmp_path / "saved")
