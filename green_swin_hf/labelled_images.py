@@ -120,9 +120,7 @@ def label_budget(labels: Tensor, share_or_count: float | int, seed: int) -> list
         raise ValueError(f"count {share_or_count} of labels must be at least 1")
     order = torch.randperm(len(labels), generator=seeded_generator(seed, 0))
     classes, inverse = torch.unique(labels[order], return_inverse=True)
-    turn = torch.randperm(
-        len(classes), generator=seeded_generator(seed, 1)
-    )  # of each class, where not all get one more
+    turn = torch.randperm(len(classes), generator=seeded_generator(seed, 1))  # of classes, where not all get one more
     by_class = torch.argsort(inverse, stable=True)
     sizes = torch.bincount(inverse)
     first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
