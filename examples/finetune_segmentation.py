@@ -430,7 +430,7 @@ def measure(
     """Scores of the best weights on each split that is not trained on, beside those of the commonest class."""
     metrics: dict[str, Any] = {}
     for name in baselines:
-        loss = trainer.evaluate(data[name])["eval_loss"]
+        loss = trainer.evaluate(data[name], metric_key_prefix=name)[f"{name}_loss"]
         scores = {**counter.scores, "class_iou": dict(zip(class_names, counter.scores["class_iou"], strict=True))}
         baseline = {key: baselines[name][key] for key in ("mean_iou", "pixel_accuracy")}
         metrics[name] = {"images": len(data[name]), "loss": loss, **scores, "commonest_class": baseline}

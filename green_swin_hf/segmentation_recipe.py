@@ -11,7 +11,7 @@ from .pretraining_recipe import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from .recipe_files import RecipeFile, check_finite, check_minima, checked, option
 
 # Fields of the recipe that are fields of `GreenSwinConfig` too; a pretrained folder brings its own.
-_CONFIG_FIELDS = ("patch_size", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio")
+_CONFIG_FIELDS = ("patch_size", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "initializer_range")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class SegmentationRecipe(RecipeFile):
     num_heads: tuple[int, ...] | None = option(None, "attention heads of each stage")
     window_size: int | None = option(None, "side of an attention window in tokens")
     mlp_ratio: float | None = option(None, "width of an MLP as a multiple of its block's channels")
+    initializer_range: float | None = option(None, "standard deviation of new weights of the backbone (Swin: 0.02)")
     drop_path_rate: float = option(0.3, "stochastic depth of the last block")
     head_channels: int = option(512, "channels of UperNet's decode head")
     pool_scales: tuple[int, ...] = option((1, 2, 3, 6), "rows (and columns) the last feature map is pooled to")
