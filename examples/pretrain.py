@@ -57,6 +57,7 @@ from green_swin_hf.data import (
     load_images,
     mask_unit_multiple,
 )
+from green_swin_hf.host_memory import keep_freed_memory
 from green_swin_hf.hub_upload import prepare_upload, upload_files
 from green_swin_hf.optimization import build_optimizer, cosine_schedule, native_bf16, scaled_learning_rate
 from green_swin_hf.pretraining_recipe import PretrainingRecipe
@@ -315,6 +316,8 @@ def build_accelerator(
         # many as before: sums over another number of threads differ in their last bits.
         share = resumed["threads"] if resumed else max(1, available_cores() // local_processes())
         torch.set_num_threads(recipe.threads or share)
+    if device.type == "cpu":
+        keep_freed_memory()
     if recipe.precision == "fp16" and device.type == "cpu":
         raise ValueError("precision 'fp16' needs a GPU; give --precision bf16 or fp32")
     automatic = "bf16" if native_bf16(device) else "fp32"

@@ -51,7 +51,12 @@ def load_photographs(folder: str | os.PathLike[str]) -> list[Tensor]:
 
 
 def draw_shapes_image(
-    photo: Tensor, rng: torch.Generator, size: tuple[int, int], *, max_shapes: int = 3
+    photo: Tensor,
+    rng: torch.Generator,
+    size: tuple[int, int],
+    *,
+    max_shapes: int = 3,
+    radii: tuple[float, float] = (0.14, 0.32),
 ) -> DrawnImage:
     """A random part of a photograph with 1 … `max_shapes` ellipses, rectangles and stars on it.
 
@@ -62,6 +67,7 @@ def draw_shapes_image(
         rng: what all is drawn from.
         size: (rows, columns) of the result.
         max_shapes: the largest number of shapes.
+        radii: smallest and largest radius of a shape, as a share of the short side.
     """
     rows, columns = size
     aspect = columns / rows
@@ -70,7 +76,7 @@ def draw_shapes_image(
     image = interpolate(crop, size, mode="bicubic", antialias=True)[0].float()
     masks, labels, outlines = torch.zeros(0, rows, columns, dtype=torch.bool), [], []
     for _ in range(int(torch.randint(1, max_shapes + 1, (), generator=rng))):
-        placed = _place(masks, size, rng)
+        placed = _place(masks, size, radii, rng)
         if placed is None:
             break
         label, outline, mask = placed
@@ -89,6 +95,7 @@ def write_coco_shapes(
     *,
     sides: tuple[int, int] = (96, 160),
     max_shapes: int = 3,
+    radii: tuple[float, float] = (0.14, 0.32),
 ) -> Path:
     """Write drawn images as a data set in COCO's format: `folder/annotations.json` and `folder/images/`.
 
@@ -102,7 +109,7 @@ def write_coco_shapes(
         num_images: how many to draw.
         seed: of everything that is drawn.
         sides: the smallest and the largest number of rows and of columns.
-        max_shapes: of an image.
+        max_shapes, radii: see `draw_shapes_image`.
 
     Returns:
         Path of the annotations.
@@ -114,7 +121,7 @@ def write_coco_shapes(
         rng = seeded_generator(seed, index)
         rows, columns = torch.randint(sides[0], sides[1] + 1, (2,), generator=rng).tolist()
         photo = photographs[int(torch.randint(len(photographs), (), generator=rng))]
-        drawn = draw_shapes_image(photo, rng, (rows, columns), max_shapes=max_shapes)
+        drawn = draw_shapes_image(photo, rng, (rows, columns), max_shapes=max_shapes, radii=radii)
         name = f"{index:06d}.png"
         Image.fromarray(drawn.image.permute(1, 2, 0).squeeze(2).numpy()).save(folder / "images" / name)
         images.append({"id": index + 1, "file_name": name, "width": columns, "height": rows})
@@ -122,7 +129,8 @@ def write_coco_shapes(
     for number, annotation in enumerate(annotations, start=1):
         annotation["id"] = number
     categories = [{"id": number, "name": name} for number, name in enumerate(SHAPE_NAMES, start=1)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
+    info = {"description": f"Shapes drawn on photographs, seed {seed}"}
+    content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
     partial = folder / "annotations.json.partial"
     partial.write_text(json.dumps(content))
     os.replace(partial, folder / "annotations.json")
@@ -141,23 +149,25 @@ def run_length_code(mask: Tensor) -> dict[str, list[int]]:
     return {"size": list(mask.shape), "counts": [end - start for start, end in zip([0, *changes], ends, strict=True)]}
 
 
-def _place(masks: Tensor, size: tuple[int, int], rng: torch.Generator) -> tuple[int, Tensor, Tensor] | None:
+def _place(
+    masks: Tensor, size: tuple[int, int], radii: tuple[float, float], rng: torch.Generator
+) -> tuple[int, Tensor, Tensor] | None:
     """Label, outline and mask of one more shape that leaves half of each earlier one to be seen; None: no room."""
     areas = masks.sum((1, 2))
     for _ in range(_PLACING_TRIES):
         label = int(torch.randint(len(SHAPE_NAMES), (), generator=rng))
-        outline = _outline(SHAPE_NAMES[label], size, rng)
+        outline = _outline(SHAPE_NAMES[label], size, radii, rng)
         mask = _inside(outline, size)
         if bool(((masks & ~mask).sum((1, 2)) * 2 >= areas).all()):
             return label, outline, mask
     return None
 
 
-def _outline(name: str, size: tuple[int, int], rng: torch.Generator) -> Tensor:
+def _outline(name: str, size: tuple[int, int], radii: tuple[float, float], rng: torch.Generator) -> Tensor:
     """[points, 2] of x and y: a shape of random size, proportions and turn, whole inside the image."""
     draws = torch.rand(5, generator=rng, dtype=torch.float64)
     rows, columns = size
-    radius = (0.14 + 0.18 * draws[0]) * min(size)
+    radius = (radii[0] + (radii[1] - radii[0]) * draws[0]) * min(size)
     flatness = 0.55 + 0.45 * draws[1]
     points = _unit_outline(name) * torch.stack([radius, radius * flatness])
     turn = 2 * math.pi * draws[2]

@@ -140,6 +140,22 @@ def cosine_schedule(optimizer: Optimizer, warmup_steps: int, total_steps: int, m
     return LambdaLR(optimizer, lambda step: cosine_factor(step, warmup_steps, total_steps, min_lr_ratio))
 
 
+def step_factor(step: int, warmup_steps: int, milestones: Sequence[int], gamma: float = 0.1) -> float:
+    """Learning rate of update `step` (from 0) as a share of its peak: linear warm-up, then times `gamma` at milestones.
+
+    >>> [round(step_factor(step, 2, (4, 6)), 2) for step in range(8)]
+    [0.5, 1.0, 1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
+    """
+    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    return warmup * gamma ** sum(step >= milestone for milestone in milestones)
+
+
+def step_schedule(optimizer: Optimizer, warmup_steps: int, milestones: Sequence[int], gamma: float = 0.1) -> LambdaLR:
+    """`step_factor` as a scheduler that is stepped once per update, also after an update that was skipped."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]  # as in `cosine_schedule`
+    return LambdaLR(optimizer, lambda step: step_factor(step, warmup_steps, milestones, gamma))
+
+
 def native_bf16(device: torch.device) -> bool:
     """True where the device multiplies bfloat16 in hardware; elsewhere bfloat16 is emulated and slower than float32."""
     if device.type == "cuda":
@@ -159,4 +175,6 @@ __all__ = [
     "native_bf16",
     "parameter_groups",
     "scaled_learning_rate",
+    "step_factor",
+    "step_schedule",
 ]

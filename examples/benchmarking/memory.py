@@ -6,6 +6,7 @@ weights, gradients and optimizer state (saved tensors, temporaries, casts of wei
 torch's allocator (scratch space of oneDNN, say) is in the peak of the process only.
 """
 
+import ctypes
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,6 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
+
+
+def give_back_freed_memory() -> None:
+    """Hand memory that is free back to the system, where the C library knows how (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 class Allocation(NamedTuple):

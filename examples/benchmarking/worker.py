@@ -14,10 +14,11 @@ from typing import Any, TextIO
 import torch
 
 from benchmarking.contenders import Contender
-from benchmarking.memory import measure_cuda_peak, measure_memory, read_process_peak
+from benchmarking.memory import give_back_freed_memory, measure_cuda_peak, measure_memory, read_process_peak
 from benchmarking.products import OperandPool, Product, record_products, time_product
 from benchmarking.profiling import profile_step
 from benchmarking.step import Step
+from green_swin_hf.host_memory import keep_freed_memory
 
 
 class Session:
@@ -46,12 +47,11 @@ class Session:
     def step(self) -> dict[str, Any]:
         """One timed step behind one that is not, as steps of a training follow each other.
 
-        While the others had their turn, caches and clock went cold, and memory went back to the system; on a GPU the
-        processes share its memory, and each gives its own back after its turn.
+        While the others had their turn, caches and clock went cold. The processes share the memory of the machine, and
+        each gives back what it does not hold after its turn.
         """
         timing = self._step_twice()
-        if self.use_cuda:
-            self._release()
+        self._release()
         return timing
 
     def _step_twice(self) -> dict[str, Any]:
@@ -62,6 +62,8 @@ class Session:
         self.step_once.clear_gradients()
         if self.use_cuda:
             torch.cuda.empty_cache()
+        else:
+            give_back_freed_memory()
 
     def process_peak(self) -> dict[str, Any]:
         return {"process_start_bytes": self.start_bytes, "process_peak_bytes": read_process_peak()}
@@ -151,6 +153,7 @@ def serve(requests: TextIO, reply: Callable[[dict[str, Any]], None]) -> None:
 
 
 def main() -> None:
+    keep_freed_memory()  # as the training scripts do, here for every contender
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not get between the answers
 

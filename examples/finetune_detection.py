@@ -1,0 +1,557 @@
+"""Fine-tune Mask R-CNN with a feature pyramid on a GreenSwin backbone, for boxes and masks of data in COCO's format.
+
+    accelerate launch examples/finetune_detection.py              # shapes drawn on photographs, minutes on a bare CPU
+    accelerate launch examples/finetune_detection.py --recipe examples/recipes/detection/coco_swin_base_window7.yaml \
+        --init-from outputs/pretrain --train-annotations … --train-images … --validation-annotations …
+    accelerate launch examples/finetune_detection.py --output-dir outputs/finetune_detection --resume auto
+
+Every key of a recipe is a flag as well. Exit codes: 0 done, 1 failed while training, 2 wrong input, nothing written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device, set_seed
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+from transformers import ViTImageProcessor
+
+from green_swin_hf.checkpointing import (
+    prepare_checkpoints,
+    random_state,
+    read_trainer_state,
+    read_training_state,
+    replace_files,
+    restore_random_state,
+    save_checkpoint,
+)
+from green_swin_hf.coco_data import CocoImages, collate_detection, load_coco
+from green_swin_hf.data import EpochSampler
+from green_swin_hf.detection import GreenSwinMaskRCNN, load_backbone, load_detector, new_backbone, total_loss
+from green_swin_hf.detection_metrics import Detections, coco_results, detect, mean_average_precision
+from green_swin_hf.detection_recipe import DetectionRecipe
+from green_swin_hf.drawn_shapes import SHAPE_NAMES, load_photographs, write_coco_shapes
+from green_swin_hf.optimization import build_optimizer, step_schedule
+from green_swin_hf.recipe_files import add_recipe_flags, flag_overrides, load_recipe, save_recipe
+from green_swin_hf.run_setup import build_accelerator, find_run
+from green_swin_hf.training import (
+    DivergenceError,
+    OneLineParser,
+    RunState,
+    TrainingLog,
+    UpdateBatches,
+    count_updates,
+    is_finite,
+    one_line_errors,
+)
+
+DEFAULT_RECIPE = Path(__file__).resolve().parent / "recipes" / "detection" / "drawn_shapes_tiny.yaml"
+DEFAULT_OUTPUT = Path("outputs/finetune_detection")
+
+
+@dataclass
+class Run:
+    """What the steps of a run share."""
+
+    recipe: DetectionRecipe
+    output: Path
+    accelerator: Accelerator
+    model: Any
+    optimizer: Any
+    scheduler: Any
+    state: RunState
+    updates_per_epoch: int
+    num_images: int
+    validation: CocoImages
+    log: TrainingLog | None = None  # of the main process only
+    found: list[Detections] = field(default_factory=list)  # on the validation images, when last measured
+    named_images: set[str] = field(default_factory=set)
+
+    @property
+    def total_updates(self) -> int:
+        return self.recipe.epochs * self.updates_per_epoch
+
+    @property
+    def epoch(self) -> float:
+        return self.state.update / self.updates_per_epoch
+
+
+def main(argv: list[str] | None = None) -> int:
+    started = time.monotonic()
+    # All that can be wrong with the input shows in this block, before anything is written.
+    with one_line_errors("finetune_detection.py"):
+        arguments = parse_arguments(argv)
+        output, checkpoint = find_run(arguments.output_dir, arguments.resume, DEFAULT_OUTPUT)
+        resumed = read_trainer_state(checkpoint) if checkpoint else None
+        recipe = read_recipe(arguments, output, resumed)
+        accelerator = build_accelerator(recipe.precision, recipe.threads, resumed["threads"] if resumed else None)
+        data = open_data(recipe)  # None: shapes are to be drawn
+        train, validation = data or (None, None)
+        class_names = train.data.class_names if train else SHAPE_NAMES
+        num_images = len(train) if train else recipe.drawn_images
+        passes = recipe.gradient_accumulation_steps
+        updates_per_epoch = count_updates(num_images, recipe.batch_size, passes, accelerator.num_processes)
+        refuse_changes(resumed, recipe, class_names, num_images, accelerator.num_processes)
+
+        # Model, optimizer, schedule
+        set_seed(recipe.seed)
+        model = load_detector(checkpoint) if checkpoint else build_model(recipe, arguments.init_from, class_names)
+        recipe = recipe.with_backbone(model.config) if arguments.init_from else recipe
+        optimizer = build_optimizer(
+            model,
+            recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            layer_decay=recipe.layer_decay,
+            betas=recipe.betas,
+        )
+        milestones = [epoch * updates_per_epoch for epoch in recipe.milestones]
+        scheduler = step_schedule(optimizer, recipe.warmup_updates, milestones)
+
+    # Prepare. From here on files are written.
+    with one_line_errors("finetune_detection.py"):
+        state = RunState(**resumed["state"]) if resumed else RunState()
+        log = open_output(recipe, output, accelerator, state)
+        if train is None or validation is None:
+            train, validation = draw_data(recipe, output, accelerator)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    run = Run(
+        recipe, output, accelerator, model, optimizer, scheduler, state, updates_per_epoch, num_images, validation, log
+    )
+    set_seed(recipe.seed + 1 + accelerator.process_index)  # sizes and sampled regions differ between processes
+    if checkpoint:
+        restore(run, checkpoint)
+    batches = iter(build_loader(run, train))
+    print_heading(run, train, arguments.init_from, checkpoint)
+    progress = tqdm(
+        total=run.total_updates, initial=state.update, disable=not accelerator.is_main_process, unit="update",
+        mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True, smoothing=0.05,
+    )  # fmt: skip
+
+    # Train
+    first_epoch = state.update // updates_per_epoch
+    stop_at = min(recipe.epochs, first_epoch + (arguments.stop_after or recipe.epochs))
+    try:
+        if state.update == 0 and recipe.validate_every:
+            measure(run)
+        for epoch in range(first_epoch + 1, stop_at + 1):
+            train_epoch(run, batches, progress)
+            if epoch == recipe.epochs or (recipe.validate_every and epoch % recipe.validate_every == 0):
+                measure(run)
+            save(run)
+        progress.close()
+
+        # Leave the results
+        if stop_at < recipe.epochs:
+            return stopped_early(run)
+        if not run.found:  # the last epoch was done before
+            measure(run)
+        written = save_results(run)
+    except (DivergenceError, ValueError, OSError) as error:  # ValueError: a bad image; OSError: the disk is full
+        progress.close()
+        return fail(accelerator, f"stopped: {last_line(error)}; whole checkpoints are in {output / 'checkpoints'}")
+    print_results(run, written, time.monotonic() - started)
+    accelerator.end_training()
+    return 0
+
+
+# Settings
+
+
+def parse_arguments(argv: list[str] | None) -> Namespace:
+    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--recipe", type=Path, help=f"YAML file (default: {DEFAULT_RECIPE.name}); flags go on top")
+    parser.add_argument("--output-dir", type=Path, help=f"new folder for all results (default: {DEFAULT_OUTPUT}, …-2)")
+    parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
+    parser.add_argument("--init-from", metavar="FOLDER", help="backbone: a pretrained folder, or a stock Swin")
+    parser.add_argument("--stop-after", type=int, metavar="EPOCHS", help="stop after so many, to go on later")
+    add_recipe_flags(parser.add_argument_group("keys of the recipe"), DetectionRecipe)
+    arguments = parser.parse_args(argv)
+    if arguments.resume and arguments.init_from:
+        raise ValueError("--resume goes on with a run, --init-from starts another one: give one of them")
+    if arguments.stop_after is not None and arguments.stop_after < 1:
+        raise ValueError(f"--stop-after {arguments.stop_after} must be at least 1")
+    return arguments
+
+
+def read_recipe(arguments: Namespace, output: Path, resumed: dict[str, Any] | None) -> DetectionRecipe:
+    """The recipe file (of a resumed run: its own settings) with the flags on top; paths absolute."""
+    of_the_run = output / "recipe.yaml"
+    if resumed and not arguments.recipe:
+        recipe = DetectionRecipe().replace(**resumed["recipe"])
+    elif arguments.resume and not arguments.recipe and of_the_run.is_file():  # it has no checkpoint yet
+        recipe = load_recipe(of_the_run, DetectionRecipe)
+    else:
+        recipe = load_recipe(arguments.recipe or DEFAULT_RECIPE, DetectionRecipe)
+    recipe = recipe.with_flags(flag_overrides(arguments, DetectionRecipe))
+    given = {name: getattr(recipe, name) for name in recipe.path_keys if getattr(recipe, name)}
+    return recipe.replace(**{name: os.path.abspath(path) for name, path in given.items()})
+
+
+def refuse_changes(
+    resumed: dict[str, Any] | None,
+    recipe: DetectionRecipe,
+    class_names: tuple[str, ...],
+    num_images: int,
+    num_processes: int,
+) -> None:
+    """Raise a `ValueError` when a run would go on with settings that make it another run."""
+    if not resumed:
+        return
+    changes = DetectionRecipe().replace(**resumed["recipe"]).differences(recipe)
+    now = {"class_names": list(class_names), "num_images": num_images, "num_processes": num_processes}
+    changes.update({name: (resumed[name], value) for name, value in now.items() if resumed[name] != value})
+    if changes:
+        shown = ", ".join(f"{name} {before!r} -> {after!r}" for name, (before, after) in changes.items())
+        raise ValueError(f"--resume cannot change the run: {shown}; leave these as they were, or start a new run")
+
+
+# Model
+
+
+def build_model(recipe: DetectionRecipe, init_from: str | None, class_names: tuple[str, ...]) -> GreenSwinMaskRCNN:
+    """A detector with new heads, its backbone from a folder or from scratch."""
+    if init_from is None:
+        return GreenSwinMaskRCNN(new_backbone(recipe.model_config()), recipe.detector_settings(class_names))
+    backbone = load_backbone(init_from, drop_path_rate=recipe.drop_path_rate)
+    channels = backbone.config.num_channels
+    if channels != recipe.num_channels:
+        raise ValueError(f"--init-from {init_from} takes {channels} channels; give --num-channels {channels}")
+    return GreenSwinMaskRCNN(backbone, recipe.detector_settings(class_names, *pixel_statistics(init_from)))
+
+
+def pixel_statistics(folder: str) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Mean and standard deviation that the images of a folder's model were normalised with, where it says so."""
+    try:
+        processor = ViTImageProcessor.from_pretrained(folder)
+    except Exception:  # no file of that name: as a Hub's or a folder's reader has it
+        return None, None
+    return tuple(processor.image_mean), tuple(processor.image_std)
+
+
+# Data
+
+
+def open_data(recipe: DetectionRecipe) -> tuple[CocoImages, CocoImages] | None:
+    """Images to train on and images to measure on; None where shapes are to be drawn on photographs."""
+    if recipe.train_annotations is None:
+        if recipe.photographs is None:
+            raise ValueError("no data given; name a COCO-format file with --train-annotations")
+        load_photographs(recipe.photographs)  # raises where there are none
+        return None
+    if recipe.validation_annotations is None:
+        raise ValueError("no images to measure on; name their COCO-format file with --validation-annotations")
+    return read_data(recipe, Path(recipe.train_annotations), Path(recipe.validation_annotations))
+
+
+def draw_data(recipe: DetectionRecipe, output: Path, accelerator: Accelerator) -> tuple[CocoImages, CocoImages]:
+    """The same, drawn into the output folder unless a run before has."""
+    folders = [output / "drawn_shapes" / name for name in ("train", "validation")]
+    if accelerator.is_main_process:
+        photographs = load_photographs(cast(str, recipe.photographs))
+        sides, radii = cast(tuple[int, int], recipe.drawn_sides), recipe.drawn_radii
+        counts = (recipe.drawn_images, recipe.drawn_validation_images)
+        for number, (folder, count) in enumerate(zip(folders, counts, strict=True)):
+            if not (folder / "annotations.json").is_file():
+                seed, most = 2 * recipe.seed + number, recipe.drawn_shapes
+                write_coco_shapes(folder, photographs, count, seed, sides=sides, max_shapes=most, radii=radii)
+    accelerator.wait_for_everyone()
+    return read_data(recipe, *(folder / "annotations.json" for folder in folders))
+
+
+def read_data(recipe: DetectionRecipe, train: Path, validation: Path) -> tuple[CocoImages, CocoImages]:
+    training_data = load_coco(train, recipe.train_images)
+    validation_data = load_coco(validation, recipe.validation_images, class_names=training_data.class_names)
+    mode: Any = "L" if recipe.num_channels == 1 else "RGB"
+    images = CocoImages(training_data.for_training(recipe.skip_empty), mode=mode, seed=recipe.seed, training=True)
+    return images, CocoImages(validation_data, mode=mode)
+
+
+def build_loader(run: Run, images: CocoImages) -> DataLoader[Any]:
+    """Batches of this process from the next update to the end of the run."""
+    recipe, accelerator = run.recipe, run.accelerator
+    batches = UpdateBatches(
+        EpochSampler(cast(Any, images), seed=recipe.seed),
+        recipe.batch_size,
+        accumulation=recipe.gradient_accumulation_steps,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        first_update=run.state.update,
+        total_updates=run.total_updates,
+    )
+    generator = torch.Generator()  # the loader draws from it instead of from the run's random state
+    return DataLoader(
+        images, batch_sampler=batches, num_workers=recipe.workers, collate_fn=collate_detection, generator=generator
+    )
+
+
+# Training
+
+
+def train_epoch(run: Run, batches: Iterator[dict[str, Any]], progress: tqdm) -> None:
+    recipe, accelerator, state = run.recipe, run.accelerator, run.state
+    run.model.train()
+    sums: dict[str, Any] = {}
+    since, count = time.monotonic(), 0
+    for number in range(1, run.updates_per_epoch + 1):
+        losses, skipped_names = forward_backward(run, batches)
+        grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), recipe.max_grad_norm or math.inf)
+        # All processes hold the same averaged gradients here, so they decide alike.
+        finite = is_finite(grad_norm)
+        if finite or accelerator.scaler is not None:  # the scaler skips by itself, and learns from it
+            run.optimizer.step()
+        run.optimizer.zero_grad()
+        learning_rate = run.optimizer.param_groups[0]["lr"]
+        run.scheduler.step()
+        state.record_update(finite, recipe.stop_after_skipped)
+        report_skips(run, progress, finite, skipped_names)
+        sums = {name: sums.get(name, 0) + value for name, value in losses.items()}
+        count += 1
+        if number == run.updates_per_epoch or state.update % recipe.log_every == 0:
+            images = count * recipe.batch_size * recipe.gradient_accumulation_steps * accelerator.num_processes
+            speed = images / (time.monotonic() - since)
+            log_update(run, progress, {name: value / count for name, value in sums.items()}, learning_rate, speed)
+            since, sums, count = time.monotonic(), {}, 0
+        progress.update()
+
+
+def forward_backward(run: Run, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Tensor], list[str]]:
+    """Gradients of one update; returns its mean losses on this process, and the names of unreadable images."""
+    accelerator, passes = run.accelerator, run.recipe.gradient_accumulation_steps
+    means: dict[str, Any] = {}
+    skipped_names: list[str] = []
+    for index in range(passes):
+        batch = next(batches)
+        skipped_names += batch["skipped"]
+        images, targets = send_to_device((batch["images"], batch["targets"]), accelerator.device)
+        with contextlib.nullcontext() if index == passes - 1 else accelerator.no_sync(run.model):
+            losses = run.model(images, targets)
+            loss = total_loss(losses) / passes
+            accelerator.backward(loss)
+        means = {name: means.get(name, 0) + value.detach() / passes for name, value in losses.items()}
+    return means, skipped_names
+
+
+def report_skips(run: Run, progress: tqdm, finite: bool, skipped_names: list[str]) -> None:
+    run.state.skipped_images += len(skipped_names)
+    for name in dict.fromkeys(skipped_names):
+        if name not in run.named_images:
+            run.named_images.add(name)
+            progress.write(f"Skipped image {name}: it cannot be decoded", file=sys.stderr)
+    if not finite and run.accelerator.is_main_process:
+        progress.write(f"Skipped update {run.state.update}: its gradients are not finite", file=sys.stderr)
+
+
+def log_update(run: Run, progress: tqdm, losses: dict[str, Tensor], learning_rate: float, speed: float) -> None:
+    """One line of the log: the losses as means since the line before."""
+    means = {name: run.accelerator.reduce(value, "mean").item() for name, value in losses.items()}
+    entry = {
+        "step": run.state.update,
+        "epoch": run.epoch,
+        "loss": sum(means.values()),
+        **means,
+        "learning_rate": learning_rate,
+        "images_per_second": round(speed, 1),
+        "skipped_updates": run.state.skipped_updates,
+    }
+    if run.log:
+        run.log.write(entry)
+    progress.set_postfix({"loss": f"{entry['loss']:.3f}", "images/s": f"{speed:,.1f}"}, refresh=False)
+
+
+def measure(run: Run) -> None:
+    """Detect on the validation images, each process on its share, and log COCO's figures."""
+    accelerator, images = run.accelerator, run.validation
+    share = Subset(images, range(accelerator.process_index, len(images), accelerator.num_processes))
+    loader = DataLoader(
+        share, run.recipe.batch_size, collate_fn=collate_detection, num_workers=run.recipe.workers,
+        generator=torch.Generator(),
+    )  # fmt: skip
+    found = detect(accelerator.unwrap_model(run.model), loader, accelerator.device)
+    run.found = sorted(gather_object(found), key=lambda detections: detections.index)
+    if run.log:
+        figures = mean_average_precision(images, run.found)
+        run.log.write({"step": run.state.update, "epoch": run.epoch, **figures})
+    accelerator.wait_for_everyone()
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint from which the run goes on exactly."""
+    accelerator, state = run.accelerator, run.state
+    random_states = gather_object([random_state()])
+    weights = accelerator.get_state_dict(run.model)
+    if run.log:
+        scaler = accelerator.scaler
+        training_state = {
+            "optimizer": run.optimizer.state_dict(),
+            "scheduler": run.scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "random_states": random_states,
+        }
+        trainer_state = {
+            "state": {**dataclasses.asdict(state), "log_position": run.log.position()},
+            "epoch": run.epoch,
+            "class_names": list(run.validation.data.class_names),
+            "num_images": run.num_images,
+            "num_processes": accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "recipe": run.recipe.to_dict(),
+        }
+        save_checkpoint(
+            run.output / "checkpoints",
+            state.update,
+            save_model=functools.partial(accelerator.unwrap_model(run.model).save_pretrained, state_dict=weights),
+            training_state=training_state,
+            trainer_state=trainer_state,
+            keep=run.recipe.keep_checkpoints,
+        )
+    accelerator.wait_for_everyone()
+
+
+def restore(run: Run, checkpoint: Path) -> None:
+    """All but the weights, which the model was loaded with."""
+    saved = read_training_state(checkpoint)
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.scheduler.load_state_dict(saved["scheduler"])
+    if run.accelerator.scaler and saved["scaler"]:
+        run.accelerator.scaler.load_state_dict(saved["scaler"])
+    restore_random_state(saved["random_states"][run.accelerator.process_index])
+
+
+def open_output(recipe: DetectionRecipe, output: Path, accelerator: Accelerator, state: RunState) -> TrainingLog | None:
+    """Make the output folder with the resolved recipe and the log; checkpoints of later updates are set aside."""
+    if not accelerator.is_main_process:
+        return None
+    output.mkdir(parents=True, exist_ok=True)
+    for path in prepare_checkpoints(output / "checkpoints", state.update):
+        print(f"Kept as {path}: it is of a later update than this run goes on from")
+    save_recipe(recipe, output / "recipe.yaml")
+    return TrainingLog(output / "log.jsonl", state.log_position)
+
+
+# Results
+
+
+def save_results(run: Run) -> list[str]:
+    """Write model, detections and pictures; returns the names of all files that belong to the result."""
+    weights = run.accelerator.get_state_dict(run.model)
+    names: list[str] = []
+    if run.log:
+        from green_swin_hf.detection_figures import detection_figure, training_figure
+        from green_swin_hf.visualization import save_figure
+
+        def write(folder: Path) -> None:
+            run.accelerator.unwrap_model(run.model).save_pretrained(folder, state_dict=weights)
+            (folder / "detections.json").write_text(json.dumps(coco_results(run.validation.data, run.found)))
+
+        names = replace_files(run.output, write)
+        save_figure(detection_figure(run.validation, run.found[: run.recipe.pictures]), run.output / "detections.png")
+        save_figure(training_figure(run.log.entries()), run.output / "training_curves.png")
+        names += ["detections.png", "training_curves.png", "log.jsonl", "recipe.yaml"]
+    run.accelerator.wait_for_everyone()
+    return sorted(names)
+
+
+# Messages
+
+
+def print_heading(run: Run, train: CocoImages, init_from: str | None, checkpoint: Path | None) -> None:
+    recipe, accelerator = run.recipe, run.accelerator
+    model = accelerator.unwrap_model(run.model)
+    settings, config = model.settings, model.config
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    sides = settings.short_sides
+    short = f"{min(sides)} to {max(sides)}" if len(sides) > 1 else str(sides[0])
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    threads, processes = torch.get_num_threads(), accelerator.num_processes
+    images = recipe.batch_size * recipe.gradient_accumulation_steps * processes
+    lines = {
+        "data": f"{len(train):,} images, {train.data.num_objects:,} objects of {len(train.data.class_names)} classes "
+        f"from {train.data.path}",
+        "measured on": f"{len(run.validation):,} images of {run.validation.data.path}",
+        "sizes": f"short side {short} px in training, {sides[-1]} px else, long side at most {settings.long_side} px",
+        "model": f"Mask R-CNN with FPN, {parameters / 1e6:.1f} M parameters; backbone: patch {config.patch_length}, "
+        f"window {config.window_size}, blocks {'-'.join(map(str, config.depths))}, width {config.embed_dim} to "
+        f"{config.hidden_size}, {f'weights of {init_from}' if init_from else 'new weights'}",
+        "device": f"{accelerator.device}, {precision}, {processes} process{'es' * (processes > 1)}, {threads} "
+        f"thread{'s' * (threads > 1)}",
+        "updates": f"{run.total_updates:,} ({recipe.epochs} epochs) of {images} images; learning rate "
+        f"{recipe.learning_rate:.1e} after {recipe.warmup_updates}, a tenth after epochs "
+        f"{', '.join(map(str, recipe.milestones))}",
+        "output": str(run.output),
+    }
+    if checkpoint:
+        lines["going on"] = f"after epoch {run.epoch:g} from {checkpoint}"
+    accelerator.print("Fine-tuning a detector")
+    for name, text in lines.items():
+        accelerator.print(f"  {name:<12} {text}")
+    sys.stdout.flush()
+
+
+def print_results(run: Run, written: list[str], seconds: float) -> None:
+    if run.log is None:
+        return
+    measured = [entry for entry in run.log.entries() if "box_map" in entry]
+    run.log.close()
+    first, last = measured[0], measured[-1]
+    before = f" (before training {first['box_map']:.3f})" if first["step"] == 0 else ""
+    masks_before = f" (before training {first['mask_map']:.3f})" if first["step"] == 0 else ""
+    print(f"Done in {seconds / 60:.1f} minutes.")
+    print(f"On {len(run.validation):,} held-out images, mean average precision (COCO, IoU 0.50 to 0.95):")
+    print(f"  boxes {last['box_map']:.3f}{before}, at IoU 0.50 {last['box_map_50']:.3f}, 0.75 {last['box_map_75']:.3f}")
+    text = (
+        f"{last['mask_map']:.3f}{masks_before}, at IoU 0.50 {last['mask_map_50']:.3f}, 0.75 {last['mask_map_75']:.3f}"
+    )
+    print(f"  masks {text}")
+    print(f"Wrote to {run.output}: {', '.join(written)}")
+    image = run.validation.data.image_folder / run.validation.data.images[0]["file_name"]
+    print("Next, for example, what it finds on an image:")
+    mode = {"L": "GRAY"}.get(run.validation.mode, run.validation.mode)
+    print(
+        f"""  python -c "import torch; from torchvision.io import decode_image; """
+        f"""from green_swin_hf.detection import load_detector; torch.set_grad_enabled(False); """
+        f"""model = load_detector('{run.output}'); found = model([decode_image('{image}', mode='{mode}') / 255])[0]; """
+        f"""print([model.settings.class_names[label - 1] for label in found['labels'][:3]], """
+        """found['boxes'][:3])" """.rstrip()
+    )
+
+
+def stopped_early(run: Run) -> int:
+    run.accelerator.print(
+        f"Stopped after epoch {run.epoch:g} of {run.recipe.epochs} as asked. Go on with: "
+        f"{'python' if run.accelerator.num_processes == 1 else 'accelerate launch (as before)'} {sys.argv[0]} "
+        f"--output-dir {run.output} --resume auto"
+    )
+    run.accelerator.end_training()
+    return 0
+
+
+def fail(accelerator: Accelerator, message: str) -> int:
+    if accelerator.is_main_process:
+        print(f"finetune_detection.py: {message}", file=sys.stderr)
+    accelerator.end_training()
+    return 1
+
+
+def last_line(error: Exception) -> str:
+    """What an error says; of one that comes out of a loader's worker, without the worker's traceback."""
+    return str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
