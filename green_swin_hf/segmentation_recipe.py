@@ -18,11 +18,11 @@ _CONFIG_FIELDS = ("patch_size", "embed_dim", "depths", "num_heads", "window_size
 class SegmentationRecipe(RecipeFile):
     """One run. Every field is a key of a recipe file and a flag (`crop_size` is `--crop-size`)."""
 
-    path_keys: ClassVar = ("data", "drawn_photos", "class_names", "init_from")
+    path_keys: ClassVar = ("data", "photographs", "class_names", "init_from")
     # None of these changes a weight (threads: but for the last bits).
     free_on_resume: ClassVar = (
         "data",
-        "drawn_photos",
+        "photographs",
         "class_names",
         "init_from",
         "test_split",
@@ -34,7 +34,8 @@ class SegmentationRecipe(RecipeFile):
     # Data
     data: str | None = option(None, "folder with train/images and train/masks, or a data set with a column of each")
     drawn_images: int = option(400, "without data: images with drawn shapes to train on")
-    drawn_photos: str | None = option(None, "folder of photographs to draw on")
+    photographs: str | None = option(None, "folder of photographs to draw on")
+    drawn_radii: tuple[float, float] = option((0.14, 0.32), "smallest and largest radius of a shape / shorter side")
     subset: str | None = option(None, "configuration of the data set")
     split: str = option("train", "split to train on")
     validation_split: str | None = option(None, "split to choose the best weights on (default: validation, or a tenth)")
@@ -153,10 +154,12 @@ def _check_ranges(recipe: SegmentationRecipe) -> None:
         raise ValueError(f"max_class_share {recipe.max_class_share} must be greater than 0 and at most 1")
     if not 0 <= recipe.drop_path_rate < 1:
         raise ValueError(f"drop_path_rate {recipe.drop_path_rate} must be at least 0 and less than 1")
-    for name in ("scale_range", "betas"):
+    for name in ("scale_range", "betas", "drawn_radii"):
         values = getattr(recipe, name)
         if not 0 < values[0] <= values[1]:
             raise ValueError(f"{name} {list(values)} must be greater than 0, the smaller first")
+    if recipe.drawn_radii[1] > 0.5:
+        raise ValueError(f"drawn_radii {list(recipe.drawn_radii)} must be at most 0.5, half of the shorter side")
     if min(recipe.pool_scales) < 1:
         raise ValueError(f"pool_scales {list(recipe.pool_scales)} must be at least 1")
     if len(recipe.mean) != 3 or len(recipe.std) != 3 or min(recipe.std) <= 0:
