@@ -38,6 +38,7 @@ from green_swin_hf import GreenSwinBackbone
 from green_swin_hf.checkpointing import replace_files
 from green_swin_hf.data import seeded_generator
 from green_swin_hf.drawn_shapes import load_photographs
+from green_swin_hf.host_memory import keep_freed_memory
 from green_swin_hf.optimization import build_optimizer, native_bf16
 from green_swin_hf.recipe_files import add_recipe_flags, flag_overrides, load_recipe, save_recipe
 from green_swin_hf.segmentation import (
@@ -162,11 +163,17 @@ def find_run(arguments: Namespace) -> tuple[Path, Path | None]:
         if not is_whole(checkpoint):
             raise ValueError(f"--resume {checkpoint} is no whole checkpoint; --resume auto finds the newest one")
         return arguments.output_dir or checkpoint.resolve().parents[1], checkpoint
-    output = arguments.output_dir or DEFAULT_OUTPUT
+    output = arguments.output_dir or newest_default_output()
     found = [path for path in (output / "checkpoints").glob("checkpoint-*") if is_whole(path)]
     if not found:
         raise ValueError(f"--resume auto: {output} holds no whole checkpoint; name the run with --output-dir")
     return output, max(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def newest_default_output() -> Path:
+    """The default output folder with the highest number."""
+    number = int(unused_folder(DEFAULT_OUTPUT).name.removeprefix(DEFAULT_OUTPUT.name).removeprefix("-") or 1) - 1
+    return DEFAULT_OUTPUT if number < 2 else DEFAULT_OUTPUT.with_name(f"{DEFAULT_OUTPUT.name}-{number}")
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -183,7 +190,7 @@ def read_recipe(arguments: Namespace, output: Path, checkpoint: Path | None) -> 
     own = output / "recipe.yaml"
     path = own if checkpoint and not arguments.recipe else arguments.recipe or DEFAULT_RECIPE
     recipe = load_recipe(path, SegmentationRecipe).with_flags(flag_overrides(arguments, SegmentationRecipe))
-    for name in ("data", "drawn_photos", "class_names", "init_from"):  # absolute, to go on from another folder, too
+    for name in ("data", "photographs", "class_names", "init_from"):  # absolute, to go on from another folder, too
         value = getattr(recipe, name)
         recipe = recipe.replace(**{name: os.path.abspath(value)}) if value and os.path.exists(value) else recipe
     if checkpoint:
@@ -211,6 +218,8 @@ def training_arguments(recipe: SegmentationRecipe, output: Path, report_to: str)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     automatic = "bf16" if native_bf16(device) else "fp32"
     precision = automatic if recipe.precision == "auto" else recipe.precision
     every = min(recipe.validate_every, recipe.max_steps)
@@ -253,14 +262,15 @@ def draw_data(recipe: SegmentationRecipe, folder: Path) -> None:
     """Draw the three splits, if a resumed run has not done so: other shapes on other parts of the same photographs."""
     if folder.is_dir():
         return
-    if not recipe.drawn_photos:
+    if not recipe.photographs:
         raise ValueError("no data given; name a folder with train/images and train/masks: --data FOLDER")
-    photos = load_photographs(recipe.drawn_photos)
+    photos = load_photographs(recipe.photographs)
     held_out = max(10, recipe.drawn_images // 8)
     counts = {"train": recipe.drawn_images, "validation": held_out, "test": held_out}
     partial = folder.with_name(f"{folder.name}.partial")
     for number, (split, count) in enumerate(counts.items()):
-        write_drawn_segmentation(partial / split, photos, count, seed=10 * recipe.seed + number)
+        seed = 10 * recipe.seed + number
+        write_drawn_segmentation(partial / split, photos, count, seed, radii=recipe.drawn_radii)
     (partial / CLASS_NAMES_FILE).write_text(json.dumps(DRAWN_CLASSES))
     partial.rename(folder)
 
@@ -430,7 +440,7 @@ def measure(
     """Scores of the best weights on each split that is not trained on, beside those of the commonest class."""
     metrics: dict[str, Any] = {}
     for name in baselines:
-        loss = trainer.evaluate(data[name])["eval_loss"]
+        loss = trainer.evaluate(data[name], metric_key_prefix=name)[f"{name}_loss"]
         scores = {**counter.scores, "class_iou": dict(zip(class_names, counter.scores["class_iou"], strict=True))}
         baseline = {key: baselines[name][key] for key in ("mean_iou", "pixel_accuracy")}
         metrics[name] = {"images": len(data[name]), "loss": loss, **scores, "commonest_class": baseline}
@@ -536,7 +546,7 @@ def print_results(
     by_class = [f"{name} {iou:.3f}" for name, iou in metrics[last]["class_iou"].items() if iou is not None]
     print(f"  IoU of classes ({last}): {', '.join(by_class[:20])}{', …' if len(by_class) > 20 else ''}")
     print(f"Wrote to {output}: {', '.join(names)}")
-    image = Path(recipe.drawn_photos or ".") / "coffee.png" if recipe.data is None else "IMAGE"
+    image = Path(recipe.photographs or ".") / "coffee.png" if recipe.data is None else "IMAGE"
     print("Next, for example, the classes that it finds in an image:")
     print(
         f"""  python -c "import green_swin_hf; from transformers import pipeline; """

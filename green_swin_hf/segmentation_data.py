@@ -459,6 +459,7 @@ def write_drawn_segmentation(
     *,
     sides: tuple[int, int] = (96, 160),
     max_shapes: int = 3,
+    radii: tuple[float, float] = (0.14, 0.32),
 ) -> None:
     """Write drawn shapes as `folder/images` and `folder/masks`; the classes are `DRAWN_CLASSES`.
 
@@ -470,7 +471,7 @@ def write_drawn_segmentation(
         num_images: how many to draw.
         seed: of everything that is drawn.
         sides: the smallest and the largest number of rows and of columns, drawn apart from each other.
-        max_shapes: of an image.
+        max_shapes, radii: see `draw_shapes_image`.
     """
     folder = Path(folder)
     for name in ("images", "masks"):
@@ -479,7 +480,7 @@ def write_drawn_segmentation(
         rng = torch.Generator().manual_seed(mix_seed(seed, index))
         rows, columns = torch.randint(sides[0], sides[1] + 1, (2,), generator=rng).tolist()
         photo = photographs[int(torch.randint(len(photographs), (), generator=rng))]
-        drawn = draw_shapes_image(photo, rng, (rows, columns), max_shapes=max_shapes)
+        drawn = draw_shapes_image(photo, rng, (rows, columns), max_shapes=max_shapes, radii=radii)
         labels = torch.zeros(rows, columns, dtype=torch.uint8)
         for mask, label in zip(drawn.masks, drawn.labels.tolist(), strict=True):
             labels[mask] = label + 1

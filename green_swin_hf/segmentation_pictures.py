@@ -17,7 +17,7 @@ from .segmentation_data import IGNORED_LABEL
 
 # Okabe and Ito's colours, distinct to colour-blind readers; the first class, often the background, is light grey.
 _FEW_COLORS = ("#D9D9D9", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-_BLUE, _ORANGE, _INK, _IGNORED = "#0072B2", "#D55E00", "#222222", "#FFFFFF"
+_BLUE, _ORANGE, _INK, _IGNORED = "#0072B2", "#D55E00", "#222222", "#000000"
 _COLUMNS = ("image", "truth", "prediction")
 _LEGEND_ENTRIES = 24
 
@@ -27,12 +27,12 @@ def class_colors(num_classes: int) -> Tensor:
     if num_classes <= len(_FEW_COLORS):
         return torch.tensor([to_rgb(color) for color in _FEW_COLORS[:num_classes]])
     steps = torch.arange(num_classes) * 0.618034 % 1  # neighbouring numbers far apart
-    return torch.tensor(colormaps["cividis"](steps.numpy())[:, :3], dtype=torch.float32)
+    return torch.tensor(colormaps["viridis"](steps.numpy())[:, :3], dtype=torch.float32)
 
 
 def paint_labels(labels: Tensor, colors: Tensor) -> Tensor:
-    """[H, W, 3] in 0 … 1: every pixel in the colour of its class, white where it has none."""
-    table = torch.ones(IGNORED_LABEL + 1, 3)
+    """[H, W, 3] in 0 … 1: every pixel in the colour of its class, black where it has none."""
+    table = torch.zeros(IGNORED_LABEL + 1, 3)
     table[: len(colors)] = colors
     return table[labels.long()]
 
@@ -48,7 +48,7 @@ def prediction_figure(
 
     Args:
         triples: image [3, H, W] uint8, truth and prediction [H, W] of class numbers, of any sizes; 255 in a truth is
-            white.
+            black.
         class_names: of all classes.
         per_row: triples beside each other.
         title: one line above.

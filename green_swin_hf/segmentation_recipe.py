@@ -11,18 +11,18 @@ from .pretraining_recipe import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from .recipe_files import RecipeFile, check_finite, check_minima, checked, option
 
 # Fields of the recipe that are fields of `GreenSwinConfig` too; a pretrained folder brings its own.
-_CONFIG_FIELDS = ("patch_size", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio")
+_CONFIG_FIELDS = ("patch_size", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "initializer_range")
 
 
 @dataclass(frozen=True)
 class SegmentationRecipe(RecipeFile):
     """One run. Every field is a key of a recipe file and a flag (`crop_size` is `--crop-size`)."""
 
-    path_keys: ClassVar = ("data", "drawn_photos", "class_names", "init_from")
+    path_keys: ClassVar = ("data", "photographs", "class_names", "init_from")
     # None of these changes a weight (threads: but for the last bits).
     free_on_resume: ClassVar = (
         "data",
-        "drawn_photos",
+        "photographs",
         "class_names",
         "init_from",
         "test_split",
@@ -34,7 +34,8 @@ class SegmentationRecipe(RecipeFile):
     # Data
     data: str | None = option(None, "folder with train/images and train/masks, or a data set with a column of each")
     drawn_images: int = option(400, "without data: images with drawn shapes to train on")
-    drawn_photos: str | None = option(None, "folder of photographs to draw on")
+    photographs: str | None = option(None, "folder of photographs to draw on")
+    drawn_radii: tuple[float, float] = option((0.14, 0.32), "smallest and largest radius of a shape / shorter side")
     subset: str | None = option(None, "configuration of the data set")
     split: str = option("train", "split to train on")
     validation_split: str | None = option(None, "split to choose the best weights on (default: validation, or a tenth)")
@@ -63,6 +64,7 @@ class SegmentationRecipe(RecipeFile):
     num_heads: tuple[int, ...] | None = option(None, "attention heads of each stage")
     window_size: int | None = option(None, "side of an attention window in tokens")
     mlp_ratio: float | None = option(None, "width of an MLP as a multiple of its block's channels")
+    initializer_range: float | None = option(None, "standard deviation of new weights of the backbone (Swin: 0.02)")
     drop_path_rate: float = option(0.3, "stochastic depth of the last block")
     head_channels: int = option(512, "channels of UperNet's decode head")
     pool_scales: tuple[int, ...] = option((1, 2, 3, 6), "rows (and columns) the last feature map is pooled to")
@@ -152,10 +154,12 @@ def _check_ranges(recipe: SegmentationRecipe) -> None:
         raise ValueError(f"max_class_share {recipe.max_class_share} must be greater than 0 and at most 1")
     if not 0 <= recipe.drop_path_rate < 1:
         raise ValueError(f"drop_path_rate {recipe.drop_path_rate} must be at least 0 and less than 1")
-    for name in ("scale_range", "betas"):
+    for name in ("scale_range", "betas", "drawn_radii"):
         values = getattr(recipe, name)
         if not 0 < values[0] <= values[1]:
             raise ValueError(f"{name} {list(values)} must be greater than 0, the smaller first")
+    if recipe.drawn_radii[1] > 0.5:
+        raise ValueError(f"drawn_radii {list(recipe.drawn_radii)} must be at most 0.5, half of the shorter side")
     if min(recipe.pool_scales) < 1:
         raise ValueError(f"pool_scales {list(recipe.pool_scales)} must be at least 1")
     if len(recipe.mean) != 3 or len(recipe.std) != 3 or min(recipe.std) <= 0:

@@ -556,7 +556,7 @@ WRONG_FLAGS = {
     "batch": ("--data {data} --batch-size 5", "must not exceed the 4 training images"),
     "batch of one": ("--batch-size 1", "batch_size 1 must be at least 2"),
     "drawn": ("--drawn-images 8 --batch-size 9", "must not exceed drawn_images 8"),
-    "photographs": ("--drawn-photos {data}", "holds no images to draw on"),
+    "photographs": ("--photographs {data}", "holds no images to draw on"),
     "class names": ("--class-names nowhere.json", "nowhere.json do not exist"),
     "weights": ("--init-from ./nowhere", "does not exist"),
     "no weights": ("--init-from {data}", "cannot be loaded"),
