@@ -420,7 +420,8 @@ class Progress(TrainerCallback):
 
 def stopped(error: Exception, output: Path, is_main: bool) -> int:
     """What a worker process raised arrives with its traceback: the last line says what it was."""
-    reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = lines[-1].removeprefix(f"{type(error).__name__}: ")
     if is_main:
         command = f"{sys.argv[0]} --output-dir {output} --resume auto"
         print(f"finetune_segmentation.py: stopped: {reason}; go on with: {command}", file=sys.stderr)
