@@ -21,12 +21,14 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
     SegformerImageProcessor,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     UperNetForSemanticSegmentation,
     set_seed,
@@ -35,7 +37,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 from green_swin_hf import GreenSwinBackbone
-from green_swin_hf.checkpointing import replace_files
+from green_swin_hf.checkpointing import load_weights, replace_files
 from green_swin_hf.data import seeded_generator
 from green_swin_hf.drawn_shapes import load_photographs
 from green_swin_hf.host_memory import keep_freed_memory
@@ -79,6 +81,8 @@ NUM_PICTURES = 8
 def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     transformers_logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     # All that can be wrong with the input shows in this block, before anything is written.
     with one_line_errors("finetune_segmentation.py"):
         arguments = parse_arguments(argv)
@@ -121,7 +125,10 @@ def main(argv: list[str] | None = None) -> int:
 
     # Train; at the end the weights of the best evaluation are put back
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint is None:
+            trainer.train()
+        elif not restore_finished(trainer, checkpoint):
+            trainer.train(resume_from_checkpoint=str(checkpoint))
     except (ValueError, OSError) as error:  # a bad mask, a full disk
         progress.on_train_end()
         return stopped(error, output, is_main)
@@ -394,9 +401,12 @@ def build_model(recipe: SegmentationRecipe, class_names: tuple[str, ...]) -> Upe
 class Progress(TrainerCallback):
     """A progress bar with the newest loss and mean IoU."""
 
+    def __init__(self) -> None:
+        self.bar = tqdm(disable=True)
+        self.shown: dict[str, str] = {}
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         quiet = 0.5 if sys.stderr.isatty() else 20
-        self.shown: dict[str, str] = {}
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -418,10 +428,20 @@ class Progress(TrainerCallback):
         self.bar.close()
 
 
+def restore_finished(trainer: SegmentationTrainer, checkpoint: Path) -> bool:
+    """Whether the checkpoint is of the last update. Then its run is put back, which `Trainer` would train on."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if state.global_step < trainer.args.max_steps:
+        return False
+    trainer.state = state
+    load_weights(trainer.accelerator.unwrap_model(trainer.model), Path(state.best_model_checkpoint or checkpoint))
+    return True
+
+
 def stopped(error: Exception, output: Path, is_main: bool) -> int:
     """What a worker process raised arrives with its traceback: the last line says what it was."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    reason = lines[-1].removeprefix("ValueError: ")  # which a loader's worker puts before it
+    reason = lines[-1].removeprefix(f"{type(error).__name__}: ")
     if is_main:
         command = f"{sys.argv[0]} --output-dir {output} --resume auto"
         print(f"finetune_segmentation.py: stopped: {reason}; go on with: {command}", file=sys.stderr)

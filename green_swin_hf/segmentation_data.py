@@ -29,7 +29,7 @@ from transformers import SegformerImageProcessor
 from .data import mix_seed
 from .drawn_shapes import SHAPE_NAMES, draw_shapes_image
 from .image_decoding import CorruptImageError, decode_image
-from .image_sources import IMAGE_EXTENSIONS, SPLIT_FOLDERS, load_images
+from .image_sources import ENCODED_DTYPES, IMAGE_EXTENSIONS, SPLIT_FOLDERS, load_images
 
 IGNORED_LABEL = 255
 IMAGE_FOLDERS = ("images",)
@@ -173,19 +173,23 @@ def _load_columns(
             raise
         source = load_images(name, split=split, image_column="image", subset=subset)
     assert isinstance(source.dataset, datasets.Dataset)
-    others = [column for column in source.dataset.column_names if column != source.image_column]
+    features = source.dataset.features
+    others = [column for column in features if column != source.image_column and _can_hold_masks(features[column])]
     if mask_column is None:
         mask_column = next((column for column in others if column.lower() in MASK_COLUMN_NAMES), None)
     if mask_column is None or mask_column not in others:
+        problem = "column known to hold masks" if mask_column is None else f"masks in a column {mask_column!r}"
+        choice = f", or set --mask-column to one of: {', '.join(others)}" if others else ""
         raise ValueError(
-            f"data set {name!r} has no column {mask_column or 'known to hold masks'!r}; put the files of a folder into "
-            f"train/images and train/masks, or set --mask-column to one of: {', '.join(others) or 'none'}"
+            f"data set {name!r} has no {problem}; put a folder's files into train/images and train/masks{choice}"
         )
-    try:
-        dataset = source.dataset.cast_column(mask_column, datasets.Image(decode=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"column {mask_column!r} of {name!r} holds no images of masks: {error}") from None
+    dataset = source.dataset.cast_column(mask_column, datasets.Image(decode=False))
     return ImagesWithMasks(dataset, source.image_column, mask_column, f"{name} ({split})")
+
+
+def _can_hold_masks(feature: Any) -> bool:
+    is_record = isinstance(feature, dict) and "bytes" in feature
+    return is_record or isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in ENCODED_DTYPES
 
 
 def read_class_names(path: str | os.PathLike[str]) -> tuple[str, ...]:

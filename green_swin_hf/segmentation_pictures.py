@@ -57,7 +57,8 @@ def prediction_figure(
     rows = -(-len(triples) // per_row)
     figure = Figure(figsize=(4.9 * per_row, 1.62 * rows + 0.75), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, 3 * per_row, squeeze=False)
+    widths = ([1.0] * len(_COLUMNS) + [0.1]) * per_row  # triples stand apart
+    grid = figure.subplots(rows, len(widths) - 1, squeeze=False, width_ratios=widths[:-1])
     for axes in grid.flat:
         axes.set_axis_off()
         axes.set_anchor("N")  # titles in one line above pictures of any shape
@@ -65,7 +66,7 @@ def prediction_figure(
     for index, (image, truth, predicted) in enumerate(triples):
         row, place = divmod(index, per_row)
         panels = (image.permute(1, 2, 0), paint_labels(truth, colors), paint_labels(predicted, colors))
-        for axes, panel, name in zip(grid[row, 3 * place : 3 * place + 3], panels, _COLUMNS, strict=True):
+        for axes, panel, name in zip(grid[row, 4 * place : 4 * place + 3], panels, _COLUMNS, strict=True):
             axes.imshow(panel.numpy(), interpolation="nearest")
             if row == 0:
                 axes.set_title(name, fontsize=10, color=_INK)

@@ -44,6 +44,7 @@ from green_swin_hf.segmentation_recipe import SegmentationRecipe
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "finetune_segmentation.py"
 RECIPES = ROOT / "examples" / "recipes" / "segmentation"
+CLASSES = ROOT / "examples" / "data" / "fashion_mnist_10k" / "data" / "validation-00000-of-00001.parquet"
 PHOTOS = ROOT / "examples" / "data" / "photos"
 
 
@@ -129,7 +130,7 @@ def test_data_sets_with_a_column_of_images_and_one_of_masks(tmp_path, columns):
     dataset = SegmentationDataset(pairs, None, num_classes=4)
     assert dataset.read(0)[1].unique().tolist() == [3]
     assert dataset.check([0]).tolist() == [0, 0, 0, 120]
-    with pytest.raises(ValueError, match=r"no column 'nothing'.*--mask-column"):
+    with pytest.raises(ValueError, match=r"no masks in a column 'nothing'.*--mask-column"):
         load_images_with_masks(tmp_path / "data.parquet", image_column=columns[0], mask_column="nothing")
 
 
@@ -485,6 +486,11 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(drawn, tmp_path):
     last = [load_file(run / "checkpoints" / "checkpoint-4" / "model.safetensors") for run in (whole, parts)]
     for name, value in last[0].items():
         torch.testing.assert_close(value, last[1][name], rtol=0, atol=0, msg=name)
+    left = (parts / "metrics.json").read_text()
+    assert left == (whole / "metrics.json").read_text()
+    (parts / "metrics.json").unlink()
+    assert run_script("--output-dir", parts, "--resume", "auto") == 0  # nothing is left to train
+    assert (parts / "metrics.json").read_text() == left
     with pytest.raises(SystemExit, match="2"):
         run_script("--output-dir", parts, "--resume", "auto", "--learning-rate", 1)
 
@@ -565,6 +571,7 @@ WRONG_FLAGS = {
     "rate": ("--learning-rate nan", "must be finite"),
     "scale": ("--scale-range 2 1", "the smaller first"),
     "heads": ("--num-heads 1 2 3", "num_heads"),
+    "no masks": ("--data {classes} --class-names {data}/classes.json", "has no column known to hold masks"),
     "flag": ("--learning-rat 1", "unrecognized arguments"),
     "resume": ("--resume auto", "holds no whole checkpoint"),
     "output in use": ("--output-dir {data}", "is not empty"),
@@ -592,7 +599,7 @@ def test_wrong_data_is_one_line_and_writes_nothing(tmp_path, capfd, problem):
 @pytest.mark.parametrize(("flags", "message"), WRONG_FLAGS.values(), ids=WRONG_FLAGS.keys())
 def test_wrong_flags_are_one_line_and_write_nothing(tmp_path, capfd, flags, message):
     spoil(tmp_path / "data", "")
-    words = flags.format(data=tmp_path / "data").split()
+    words = flags.format(data=tmp_path / "data", classes=CLASSES).split()
     words += [] if "--output-dir" in words else ["--output-dir", tmp_path / "run"]
     assert_one_line(capfd, lambda: run_script(*words), message)
     assert not (tmp_path / "run").exists()
