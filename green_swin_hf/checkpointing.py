@@ -14,6 +14,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -173,11 +174,27 @@ def find_damage(path: Path) -> str | None:
         return f"{_CHECKSUMS} cannot be read ({type(error).__name__})"
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+@dataclass(frozen=True)
+class CheckpointFormat:
+    """How checkpoints of a kind are found.
+
+    Attributes:
+        list_in: those in a folder, oldest first, whether they are whole or not.
+        find_damage: what is wrong with one, in words; None for a whole one.
+    """
+
+    list_in: Callable[[Path], list[Path]]
+    find_damage: Callable[[Path], str | None]
+
+
+OWN_FORMAT = CheckpointFormat(list_checkpoints, find_damage)
+
+
+def newest_checkpoint(folder: Path, checkpoints: CheckpointFormat = OWN_FORMAT) -> tuple[Path | None, dict[Path, str]]:
     """The newest whole checkpoint in `folder` (None: there is none) and, of each newer one, what is wrong with it."""
     damaged: dict[Path, str] = {}
-    for path in reversed(list_checkpoints(folder)):
-        damage = find_damage(path)
+    for path in reversed(checkpoints.list_in(folder)):
+        damage = checkpoints.find_damage(path)
         if damage is None:
             return path, damaged
         damaged[path] = damage
@@ -274,6 +291,8 @@ def _unused_name(path: Path, reason: str) -> Path:
 
 
 __all__ = [
+    "OWN_FORMAT",
+    "CheckpointFormat",
     "checkpoint_step",
     "find_damage",
     "list_checkpoints",

@@ -18,11 +18,12 @@ from transformers import AutoImageProcessor, SwinConfig, SwinForImageClassificat
 
 from green_swin_hf import GreenSwinForImageClassification, GreenSwinForMaskedImageModeling
 from green_swin_hf.data import EvaluationTransform
-from green_swin_hf.finetuning import build_processor, build_transforms, load_classifier
+from green_swin_hf.finetuning import build_processor, build_transforms
 from green_swin_hf.finetuning_recipe import FinetuningRecipe
 from green_swin_hf.image_decoding import decode_image
 from green_swin_hf.labelled_images import load_labelled_images
 from green_swin_hf.optimization import cosine_factor
+from green_swin_hf.pretrained_start import load_for_finetuning
 
 ROOT = Path(__file__).resolve().parents[1]
 FINETUNE = ROOT / "examples" / "finetune.py"
@@ -165,6 +166,19 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(data, pretrained, t
     ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 15
+    left = json.loads((parts / "metrics.json").read_text())
+    moved = parts.rename(tmp_path / "moved")
+    assert run_finetune("--output-dir", moved, "--resume", "auto") == 0  # nothing is left to train
+    again = json.loads((moved / "metrics.json").read_text())
+    assert {**again, "seconds": 0} == {**left, "seconds": 0}
+    assert_same(weights(whole), weights(moved))
+
+
+def test_resume_auto_starts_a_run_that_has_no_checkpoint_yet(data, pretrained, tmp_path, capsys):
+    flags = ["--model", pretrained, *splits_of(data), *FLAGS, "--epochs", 1, "--output-dir", tmp_path / "run"]
+    assert run_finetune(*flags, "--resume", "auto") == 0
+    assert "a new run starts there" in capsys.readouterr().out
+    assert log_of(tmp_path / "run")[-1]["step"] == 5
 
 
 def test_resuming_refuses_another_run(data, pretrained, tmp_path, capsys):
@@ -215,12 +229,12 @@ def test_a_run_starts_from_a_stock_swin_and_keeps_its_head_only_for_the_same_cla
     config = SwinConfig(**sizes, id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1})
     stock = SwinForImageClassification(config).eval()
     stock.save_pretrained(folder)
-    same = load_classifier(str(folder), ("cat", "dog"), drop_path_rate=0.3).eval()
+    same = load_for_finetuning(str(folder), ("cat", "dog"), drop_path_rate=0.3).eval()
     pixels = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(same(pixels).logits, stock(pixels).logits, atol=1e-5, rtol=1e-5)
     assert (same.config.model_type, same.config.drop_path_rate) == ("green_swin", 0.3)
     for names in (("dog", "cat"), ("a", "b", "c")):
-        other = load_classifier(str(folder), names)
+        other = load_for_finetuning(str(folder), names)
         query = "swin.encoder.layers.1.blocks.0.attention.self.query.weight"
         assert torch.equal(other.state_dict()[query], same.state_dict()[query])
         assert other.classifier.weight.shape[0] == other.config.num_labels == len(names)
@@ -281,7 +295,7 @@ WRONG_INPUT = {
     "no pretrained model": ("--recipe {recipe}", "outputs/pretrain is not here; run examples/pretrain.py first"),
     "no model there": (
         "--model {folder}/none",
-        "does not exist; give a folder with a model, a name on the Hub, or none",
+        "does not exist; give a folder with a model, or a name on the Hub, or none",
     ),
     "no model": ("--model {folder}", "cannot be loaded"),
     "other image size": ("--model {pretrained} --image-size 16", "leave out image_size"),

@@ -20,7 +20,9 @@ from green_swin_hf.checkpointing import list_checkpoints
 from green_swin_hf.coco_data import CocoImages, collate_detection, load_coco
 from green_swin_hf.detection import load_detector
 from green_swin_hf.detection_metrics import coco_results, detect
+from green_swin_hf.detection_recipe import DetectionRecipe
 from green_swin_hf.drawn_shapes import load_photographs, write_coco_shapes
+from green_swin_hf.recipe_files import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "finetune_detection.py"
@@ -187,7 +189,7 @@ def test_starting_from_a_pretrained_folder_takes_its_weights_statistics_and_chan
     assert capsys.readouterr().err == f"finetune_detection.py: error: {message}\n"
     assert run_script(*flags, "--output-dir", tmp_path / "run", "--num-channels", 1) == 0
     detector = load_detector(tmp_path / "run")
-    recipe = script.load_recipe(tmp_path / "run" / "recipe.yaml", script.DetectionRecipe)
+    recipe = load_recipe(tmp_path / "run" / "recipe.yaml", DetectionRecipe)
     assert (recipe.embed_dim, recipe.depths, recipe.drop_path_rate) == (
         8,
         (2, 2, 2),
@@ -295,6 +297,6 @@ def test_wrong_input_is_one_line_and_exit_code_2_and_writes_nothing(shapes, tmp_
 
 @pytest.mark.parametrize("name", ["coco_swin_base_window7", "drawn_shapes_tiny"])
 def test_the_recipes_make_detectors(name):
-    recipe = script.load_recipe(ROOT / f"examples/recipes/detection/{name}.yaml", script.DetectionRecipe)
+    recipe = load_recipe(ROOT / f"examples/recipes/detection/{name}.yaml", DetectionRecipe)
     config = recipe.model_config()
     recipe.detector_settings(("a", "b")).check_fits(config, config.num_layers)
