@@ -70,6 +70,7 @@ from green_swin_hf.run_setup import (
     set_up_process,
 )
 from green_swin_hf.sparse_plan import num_masked_units
+from green_swin_hf.stop_signals import StopSignals
 from green_swin_hf.training import (
     DivergenceError,
     RunState,
@@ -115,6 +116,7 @@ class Run:
     final_loss: float | None = None
     probed: Accuracy | None = None
     named_images: set[str] = field(default_factory=set)
+    saved_update: int | None = None  # of the newest checkpoint
 
     @property
     def epoch(self) -> float | None:
@@ -178,6 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     set_seed(recipe.seed + 1 + accelerator.process_index)  # stochastic depth differs between processes
     if checkpoint:
         restore(run, checkpoint)
+        run.saved_update = state.update
     with one_line_errors("pretrain.py"):
         open_output(run, arguments.report_to)
     loader = build_loader(run, source, transform, collator)
@@ -186,45 +189,15 @@ def main(argv: list[str] | None = None) -> int:
 
     # Train
     model.train()
-    if state.update == 0:
-        probe(run)
-    stop_at = min(total_updates, state.update + (arguments.stop_after or total_updates))
-    batches = iter(loader)
-    since, images_since = time.monotonic(), 0
     try:
-        while state.update < stop_at:
-            loss, skipped_names = forward_backward(run, batches)
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm or math.inf)
-            # All processes hold the same averaged gradients here, so they decide alike.
-            finite = is_finite(grad_norm)
-            if finite or accelerator.scaler is not None:  # the scaler skips by itself, and learns from it
-                optimizer.step()
-            optimizer.zero_grad()
-            learning_rate = optimizer.param_groups[0]["lr"]
-            scheduler.step()
-            state.record_update(finite, recipe.stop_after_skipped)
-            images_since += images_per_update
-            report_skips(run, progress, finite, skipped_names)
+        with StopSignals() as signals:
+            train(run, loader, progress, arguments.stop_after, signals)
+            progress.close()
 
-            if due(run, recipe.log_every, total_updates) or not finite:
-                speed = images_since / (time.monotonic() - since)
-                log_update(run, progress, loss, learning_rate, grad_norm, speed)
-                since, images_since = time.monotonic(), 0
-            aside = time.monotonic()
-            if due(run, recipe.probe_every * (updates_per_epoch or 0), total_updates):
-                probe(run)
-            if due(run, recipe.validate_every, total_updates):
-                measure(run)
-            if due(run, recipe.save_every, stop_at):
-                save(run)
-            since += time.monotonic() - aside
-            progress.update()
-        progress.close()
-
-        # Leave the results
-        if state.update < total_updates:
-            return stopped_early(run)
-        written = save_results(run, config)
+            # Leave the results
+            if state.update < total_updates:
+                return stopped_early(run, signals)
+            written = save_results(run, config)
     except (DivergenceError, OSError) as error:  # OSError: the disk is full or gone
         progress.close()
         return fail(accelerator, f"stopped: {error}; whole checkpoints are in {output / 'checkpoints'}")
@@ -376,6 +349,43 @@ def build_processor(recipe: PretrainingRecipe, config: GreenSwinConfig) -> ViTIm
 # Training
 
 
+def train(run: Run, loader: DataLoader[Any], progress: tqdm, stop_after: int | None, signals: StopSignals) -> None:
+    """Do the updates of this start of the run: to its end, to where it was asked to stop, or until a signal comes."""
+    recipe, accelerator, state = run.recipe, run.accelerator, run.state
+    if state.update == 0:
+        probe(run)
+    stop_at = min(run.total_updates, state.update + (stop_after or run.total_updates))
+    batches = iter(loader)
+    since, images_since = time.monotonic(), 0
+    while state.update < stop_at and not signals.agreed(accelerator.state):
+        loss, skipped_names = forward_backward(run, batches)
+        grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), recipe.max_grad_norm or math.inf)
+        # All processes hold the same averaged gradients here, so they decide alike.
+        finite = is_finite(grad_norm)
+        if finite or accelerator.scaler is not None:  # the scaler skips by itself, and learns from it
+            run.optimizer.step()
+        run.optimizer.zero_grad()
+        learning_rate = run.optimizer.param_groups[0]["lr"]
+        run.scheduler.step()
+        state.record_update(finite, recipe.stop_after_skipped)
+        images_since += run.images_per_update
+        report_skips(run, progress, finite, skipped_names)
+
+        if due(run, recipe.log_every) or not finite:
+            speed = images_since / (time.monotonic() - since)
+            log_update(run, progress, loss, learning_rate, grad_norm, speed)
+            since, images_since = time.monotonic(), 0
+        aside = time.monotonic()
+        if due(run, recipe.probe_every * (run.updates_per_epoch or 0)):
+            probe(run)
+        if due(run, recipe.validate_every):
+            measure(run)
+        if due(run, recipe.save_every):
+            save(run)
+        since += time.monotonic() - aside
+        progress.update()
+
+
 def forward_backward(run: Run, batches: Iterator[dict[str, Any]]) -> tuple[torch.Tensor, list[str]]:
     """Gradients of one update; returns its mean loss on this process, and the names of unreadable images."""
     accelerator, passes = run.accelerator, run.recipe.gradient_accumulation_steps
@@ -392,9 +402,9 @@ def forward_backward(run: Run, batches: Iterator[dict[str, Any]]) -> tuple[torch
     return total, skipped_names
 
 
-def due(run: Run, every: int, end: int) -> bool:
-    """Whether something done every so many updates (0: never), and at the end, is to be done now."""
-    return every > 0 and (run.state.update % every == 0 or run.state.update == end)
+def due(run: Run, every: int) -> bool:
+    """Whether something done every so many updates (0: never), and at the end of the run, is to be done now."""
+    return every > 0 and (run.state.update % every == 0 or run.state.update == run.total_updates)
 
 
 def report_skips(run: Run, progress: tqdm, finite: bool, skipped_names: list[str]) -> None:
@@ -492,6 +502,7 @@ def save(run: Run) -> None:
             trainer_state=trainer_state,
             keep=run.recipe.keep_checkpoints,
         )
+    run.saved_update = state.update
     accelerator.wait_for_everyone()
 
 
@@ -678,11 +689,12 @@ def print_results(run: Run, config: GreenSwinConfig, written: list[str], seconds
     )
 
 
-def stopped_early(run: Run) -> int:
-    if run.recipe.save_every == 0:
+def stopped_early(run: Run, signals: StopSignals) -> int:
+    if run.saved_update != run.state.update:
         save(run)
+    reason = f"on {signals.received}" if signals.received else "as asked"
     run.accelerator.print(
-        f"Stopped after update {run.state.update:,} of {run.total_updates:,} as asked. Go on with: "
+        f"Stopped after update {run.state.update:,} of {run.total_updates:,} {reason}. Go on with: "
         f"{how_to_go_on(run.output, run.accelerator.num_processes)}"
     )
     run.accelerator.end_training()
