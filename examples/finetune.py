@@ -140,14 +140,15 @@ def main(argv: list[str] | None = None) -> int:
         compute_metrics=metric,
         optimizers=(optimizer, scheduler),
     )
-    TrainerProgress(describe_evaluation, stop_after).attach(trainer)
+    progress = TrainerProgress(describe_evaluation, stop_after)
+    progress.attach(trainer)
     if state.is_main_process:
         save_recipe(recipe, output / "recipe.yaml")
     print_heading(state, recipe, model, splits, settings, total_updates, peak, warmup, output, checkpoint)
     try:
-        train(trainer, checkpoint)
+        train(trainer, checkpoint, progress)
         if trainer.state.global_step < total_updates:
-            return stopped_early(state, trainer, output)
+            return stopped_early(state, trainer, output, progress.stop_reason)
 
         # Measure the model that was kept, and leave the results
         measured = {"validation": measure(trainer, validation), "test": measure(trainer, test)}
@@ -499,9 +500,9 @@ def print_results(
     )
 
 
-def stopped_early(state: PartialState, trainer: ClassificationTrainer, output: Path) -> int:
+def stopped_early(state: PartialState, trainer: ClassificationTrainer, output: Path, reason: str) -> int:
     state.print(
-        f"Stopped after update {trainer.state.global_step:,} of {trainer.state.max_steps:,} as asked. Go on with: "
+        f"Stopped after update {trainer.state.global_step:,} of {trainer.state.max_steps:,} {reason}. Go on with: "
         f"{how_to_go_on(output, state.num_processes)}"
     )
     return 0

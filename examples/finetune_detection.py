@@ -59,6 +59,7 @@ from green_swin_hf.run_setup import (
     run_parser,
     set_up_process,
 )
+from green_swin_hf.stop_signals import StopSignals
 from green_swin_hf.training import (
     DivergenceError,
     RunState,
@@ -158,24 +159,17 @@ def main(argv: list[str] | None = None) -> int:
     progress = progress_bar(run.total_updates, state.update, shown=accelerator.is_main_process)
 
     # Train
-    first_epoch = state.update // updates_per_epoch
-    stop_at = min(recipe.epochs, first_epoch + (arguments.stop_after or recipe.epochs))
     try:
-        if state.update == 0 and recipe.validate_every:
-            measure(run)
-        for epoch in range(first_epoch + 1, stop_at + 1):
-            train_epoch(run, batches, progress)
-            if epoch == recipe.epochs or (recipe.validate_every and epoch % recipe.validate_every == 0):
-                measure(run)
-            save(run)
-        progress.close()
+        with StopSignals() as signals:
+            train_epochs(run, batches, progress, arguments.stop_after, signals)
+            progress.close()
 
-        # Leave the results
-        if stop_at < recipe.epochs:
-            return stopped_early(run)
-        if not run.found:  # the last epoch was done before
-            measure(run)
-        written = save_results(run)
+            # Leave the results
+            if state.update < run.total_updates:
+                return stopped_early(run, signals)
+            if not run.found:  # the last epoch was done before
+                measure(run)
+            written = save_results(run)
     except (DivergenceError, ValueError, OSError) as error:  # ValueError: a bad image; OSError: the disk is full
         progress.close()
         return fail(accelerator, f"stopped: {last_line(error)}; whole checkpoints are in {output / 'checkpoints'}")
@@ -279,12 +273,33 @@ def build_loader(run: Run, images: CocoImages) -> DataLoader[Any]:
 # Training
 
 
-def train_epoch(run: Run, batches: Iterator[dict[str, Any]], progress: tqdm) -> None:
+def train_epochs(
+    run: Run, batches: Iterator[dict[str, Any]], progress: tqdm, stop_after: int | None, signals: StopSignals
+) -> None:
+    """Do the epochs of this start of the run: to its end, to where it was asked to stop, or until a signal comes."""
+    recipe, first = run.recipe, run.state.update // run.updates_per_epoch
+    if run.state.update == 0 and recipe.validate_every:
+        measure(run)
+    for epoch in range(first + 1, min(recipe.epochs, first + (stop_after or recipe.epochs)) + 1):
+        if not train_epoch(run, batches, progress, signals):
+            if run.state.update % run.updates_per_epoch:  # else it was saved
+                save(run)
+            return
+        if epoch == recipe.epochs or (recipe.validate_every and epoch % recipe.validate_every == 0):
+            measure(run)
+        save(run)
+
+
+def train_epoch(run: Run, batches: Iterator[dict[str, Any]], progress: tqdm, signals: StopSignals) -> bool:
+    """Do the rest of an epoch; whether that was possible: a signal ends it."""
     recipe, accelerator, state = run.recipe, run.accelerator, run.state
     run.model.train()
     sums: dict[str, Any] = {}
     since, count = time.monotonic(), 0
-    for number in range(1, run.updates_per_epoch + 1):
+    done = state.update % run.updates_per_epoch
+    for number in range(done + 1, run.updates_per_epoch + 1):
+        if signals.agreed(accelerator.state):
+            return False
         losses, skipped_names = forward_backward(run, batches)
         grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), recipe.max_grad_norm or math.inf)
         # All processes hold the same averaged gradients here, so they decide alike.
@@ -304,6 +319,7 @@ def train_epoch(run: Run, batches: Iterator[dict[str, Any]], progress: tqdm) -> 
             log_update(run, progress, {name: value / count for name, value in sums.items()}, learning_rate, speed)
             since, sums, count = time.monotonic(), {}, 0
         progress.update()
+    return True
 
 
 def forward_backward(run: Run, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Tensor], list[str]]:
@@ -515,9 +531,10 @@ def print_results(run: Run, written: list[str], seconds: float) -> None:
     )
 
 
-def stopped_early(run: Run) -> int:
+def stopped_early(run: Run, signals: StopSignals) -> int:
+    reason = f"on {signals.received}" if signals.received else "as asked"
     run.accelerator.print(
-        f"Stopped after epoch {run.epoch:g} of {run.recipe.epochs} as asked. Go on with: "
+        f"Stopped after epoch {run.epoch:.4g} of {run.recipe.epochs} {reason}. Go on with: "
         f"{how_to_go_on(run.output, run.accelerator.num_processes)}"
     )
     run.accelerator.end_training()

@@ -122,12 +122,12 @@ def main(argv: list[str] | None = None) -> int:
 
     # Train; at the end the weights of the best evaluation are put back
     try:
-        train(trainer, checkpoint)
+        train(trainer, checkpoint, progress)
     except (ValueError, OSError) as error:  # a bad mask, a full disk
         progress.close()
         return stopped(error, output, is_main)
     if trainer.state.global_step < recipe.max_steps:
-        return stopped_early(trainer, output, is_main)
+        return stopped_early(trainer, output, is_main, progress.stop_reason)
 
     # Measure and leave the results
     baselines = {name: commonest_class_scores(counts) for name, counts in pixels.items()}
@@ -347,10 +347,10 @@ def describe_evaluation(logs: dict[str, float]) -> str:
     return f"validation loss {logs['eval_loss']:.4f}, mean IoU {logs['eval_mean_iou']:.3f}"
 
 
-def stopped_early(trainer: SegmentationTrainer, output: Path, is_main: bool) -> int:
+def stopped_early(trainer: SegmentationTrainer, output: Path, is_main: bool, reason: str) -> int:
     if is_main:
         print(
-            f"Stopped after update {trainer.state.global_step:,} of {trainer.args.max_steps:,} as asked. Go on with: "
+            f"Stopped after update {trainer.state.global_step:,} of {trainer.args.max_steps:,} {reason}. Go on with: "
             f"{how_to_go_on(output, trainer.args.world_size)}"
         )
     trainer.accelerator.end_training()

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
 
 from .checkpointing import CheckpointFormat, load_weights
 from .run_setup import progress_bar
+from .stop_signals import StopSignals
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _FILES = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt")
@@ -47,26 +49,8 @@ def count_processes(checkpoint: Path) -> int:
     return len(list(checkpoint.glob("rng_state*.pth")))
 
 
-def train(trainer: Trainer, checkpoint: Path | None) -> None:
-    """Train from the start or from a checkpoint; of one after the last update, put back the best weights.
-
-    `Trainer` by itself goes on with a finished run: it does one update more.
-    """
-    if checkpoint is None:
-        trainer.train()
-        return
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    if state.global_step < trainer.args.max_steps:
-        trainer.train(resume_from_checkpoint=str(checkpoint))
-        return
-    # The folder of the run may have moved since.
-    best = checkpoint.parent / Path(state.best_model_checkpoint or checkpoint).name
-    load_weights(trainer.accelerator.unwrap_model(trainer.model), best)
-    trainer.state = state
-
-
 class TrainerProgress(TrainerCallback):
-    """A progress bar with the newest loss, a line for each measurement, and a stop after so many updates.
+    """A progress bar with the newest loss, a line for each measurement, and a stop after so many updates or a signal.
 
     Args:
         describe: text for what an evaluation logged.
@@ -76,6 +60,7 @@ class TrainerProgress(TrainerCallback):
     def __init__(self, describe: Callable[[dict[str, Any]], str], stop_after: int | None = None):
         self.describe = describe
         self.stop_after = stop_after
+        self.signals = StopSignals()
         self.first_update = 0
         self.bar = progress_bar(0, 0, shown=False)
 
@@ -91,7 +76,8 @@ class TrainerProgress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
-        if self.stop_after is not None and state.global_step - self.first_update >= self.stop_after:
+        is_asked = self.stop_after is not None and state.global_step - self.first_update >= self.stop_after
+        if self.signals.agreed(PartialState()) or is_asked:
             control.should_training_stop = True
             control.should_save = True
 
@@ -108,6 +94,28 @@ class TrainerProgress(TrainerCallback):
 
     def close(self) -> None:
         self.bar.close()
+
+    @property
+    def stop_reason(self) -> str:
+        """Why the run ended before its last update, to be read after "Stopped"."""
+        return f"on {self.signals.received}" if self.signals.received else "as asked"
+
+
+def train(trainer: Trainer, checkpoint: Path | None, progress: TrainerProgress) -> None:
+    """Train from the start or from a checkpoint, until the end or a signal, with `progress` attached to the trainer.
+
+    Of a checkpoint after the last update the best weights are put back: `Trainer` by itself does one update more.
+    """
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step >= trainer.args.max_steps:
+            # The folder of the run may have moved since.
+            best = checkpoint.parent / Path(state.best_model_checkpoint or checkpoint).name
+            load_weights(trainer.accelerator.unwrap_model(trainer.model), best)
+            trainer.state = state
+            return
+    with progress.signals:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 __all__ = [

@@ -1,8 +1,10 @@
 """Fine-tuning a classifier as a user does it: what a run starts from, learns from, leaves, and says to wrong input."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from green_swin_hf.image_decoding import decode_image
 from green_swin_hf.labelled_images import load_labelled_images
 from green_swin_hf.optimization import cosine_factor
 from green_swin_hf.pretrained_start import load_for_finetuning
+from green_swin_hf.trainer_runs import TrainerProgress
 
 ROOT = Path(__file__).resolve().parents[1]
 FINETUNE = ROOT / "examples" / "finetune.py"
@@ -172,6 +175,27 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(data, pretrained, t
     again = json.loads((moved / "metrics.json").read_text())
     assert {**again, "seconds": 0} == {**left, "seconds": 0}
     assert_same(weights(whole), weights(moved))
+
+
+def test_a_signal_ends_a_run_within_an_epoch_and_it_goes_on_exactly(data, pretrained, tmp_path, capsys, monkeypatch):
+    flags = ["--model", pretrained, *splits_of(data), *FLAGS, "--drop-path-rate", 0.3]
+    flags += ["--rand-augment", 9, "--mixup", 0.8, "--cutmix", 1, "--random-erasing", 0.5]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_finetune("--output-dir", whole, *flags) == 0
+    on_step_end = TrainerProgress.on_step_end
+
+    def signalled(self, args, state, *others, **more):
+        if state.global_step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        on_step_end(self, args, state, *others, **more)
+
+    monkeypatch.setattr(TrainerProgress, "on_step_end", signalled)
+    capsys.readouterr()
+    assert run_finetune("--output-dir", parts, *flags) == 0
+    assert "Stopped after update 7 of 10 on SIGTERM. Go on with: python" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert run_finetune("--output-dir", parts, "--resume", "auto") == 0
+    assert_same(*(weights(folder / "checkpoints" / "checkpoint-10") for folder in (whole, parts)))
 
 
 def test_resume_auto_starts_a_run_that_has_no_checkpoint_yet(data, pretrained, tmp_path, capsys):

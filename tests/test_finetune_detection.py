@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +174,29 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(shapes, tmp_path, c
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
     assert without_speed(read_log(whole)) == without_speed(read_log(parts))
     assert len(list_checkpoints(whole / "checkpoints")) == 2
+
+
+def test_a_signal_ends_a_run_within_an_epoch_and_it_goes_on_exactly(shapes, tmp_path, capsys, monkeypatch):
+    flags = [*given(shapes), *TINY, "--batch-size", 2, "--drop-path-rate", 0.3, "--log-every", 1]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_script("--output-dir", whole, *flags) == 0
+    log_update = script.log_update
+
+    def signalled(run, *arguments):
+        log_update(run, *arguments)
+        if run.state.update == run.updates_per_epoch + 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(script, "log_update", signalled)
+    capsys.readouterr()
+    assert run_script("--output-dir", parts, *flags) == 0
+    assert "on SIGTERM. Go on with: python" in capsys.readouterr().out
+    assert not (parts / "model.safetensors").exists()
+    monkeypatch.undo()
+    assert run_script("--output-dir", parts, "--resume", "auto") == 0
+    left, right = (load_file(folder / "model.safetensors") for folder in (whole, parts))
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    assert without_speed(read_log(whole)) == without_speed(read_log(parts))
 
 
 def test_starting_from_a_pretrained_folder_takes_its_weights_statistics_and_channels(shapes, tmp_path, capsys):

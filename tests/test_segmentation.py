@@ -478,7 +478,8 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(drawn, tmp_path):
     flags = ["--data", drawn, *TINY, "--drop-path-rate", 0.2, "--gradient-accumulation-steps", 2, "--batch-size", 2]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run_script(*flags, "--output-dir", whole) == 0
-    assert run_script(*flags, "--output-dir", parts, "--stop-after", 2) == 0
+    assert run_script(*flags, "--output-dir", parts, "--stop-after", 1) == 0
+    assert run_script("--output-dir", parts, "--resume", "auto", "--stop-after", 1) == 0
     assert not (parts / "metrics.json").exists()
     broken = parts / "checkpoints" / "checkpoint-3"  # what a killed run leaves
     shutil.copytree(parts / "checkpoints" / "checkpoint-2", broken)
