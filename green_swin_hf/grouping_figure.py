@@ -14,7 +14,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from .sparse_plan import SparsePlan, StageGeometry
@@ -188,11 +187,9 @@ def _draw_photo(axes: Axes, shown: Tensor, groups: PartitionGroups, width: float
     tint[groups.rows, groups.columns, 3] = _TINT
     axes.imshow(tint.numpy(), extent=extent, interpolation="nearest", aspect="auto")
     window = groups.stage.window_size
-    halo = [withStroke(linewidth=2.4, foreground="white")]
-    for row in range(groups.shift or window, rows, window):
-        axes.axhline(row, color=_INK, linewidth=1, path_effects=halo)
-    for column in range(groups.shift or window, columns, window):
-        axes.axvline(column, color=_INK, linewidth=1, path_effects=halo)
+    for color, line in (("white", 2.8), (_INK, 1.0)):
+        axes.hlines(range(groups.shift or window, rows, window), 0, columns, colors=color, linewidths=line)
+        axes.vlines(range(groups.shift or window, columns, window), 0, rows, colors=color, linewidths=line)
     axes.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[])
     if window * width / columns > 2.2 * _SMALLEST_LABELLED:
         _number_windows(axes, groups, window * width / columns)
@@ -240,7 +237,11 @@ def _write_titles(figure: Figure, groups: PartitionGroups, stage: int, height: f
     side = groups.stage.window_size
     windows = f"Stage {stage}: windows of {side}×{side} tokens"
     titles = (
-        (_MARGIN, windows + (", shifted" if groups.shift else ""), "masked units in grey; number and color: the group"),
+        (
+            _MARGIN,
+            windows + (", shifted" if groups.shift else ""),
+            "masked units in grey; number and colour: the group",
+        ),
         (_BARS_LEFT[0], "Without grouping", f"every window padded to {groups.window_area} slots"),
         (_BARS_LEFT[1], "With grouping", f"whole windows fill groups of {groups.group_size}"),
     )
@@ -271,7 +272,7 @@ def _color(group: int) -> str:
 
 
 def _lightened(group: int) -> tuple[float, ...]:
-    """Its color, light enough for dark text and near what the tint makes of an image."""
+    """Its colour, light enough for dark text and near what the tint makes of an image."""
     return tuple(0.6 * value + 0.4 for value in to_rgb(_color(group)))
 
 
