@@ -16,8 +16,9 @@ from demonstration import demonstrate
 HERE = Path(__file__).resolve().parent
 TITLE = "GreenSwin: masked pretraining on visible patches only"
 INTRODUCTION = f"""# {TITLE}
-A Swin Transformer is shown a part of a picture and predicts the rest. Only the visible patches are computed: the windows
-that they fall in, more or less full, are packed into **groups** of equal size, and attention stays inside each window."""
+A Swin Transformer is shown a part of a picture and predicts the rest. Only the visible patches are computed: the
+windows that they fall in, more or less full, are packed into **groups** of equal size, and attention stays inside
+each window."""
 ABOUT_GROUPS = """Each window carries the number and colour of its group. A bar is what attention computes at once; a
 segment is one window with its number of visible tokens, hatching is padding. The cost is that of attention with its
 projections, as the paper counts it."""
@@ -31,15 +32,6 @@ CSS = """
 .message p { margin: 0.2em 0; }
 .error { border-left: 4px solid #D55E00; padding-left: 0.8em; }
 """
-
-
-class PicturePath(gr.Image):
-    """An image to upload of which the path is handed on, so that a file that is no image gets a message of ours."""
-
-    is_template = True
-
-    def preprocess(self, payload: Any) -> Any:
-        return payload.path if payload else None
 
 
 def example_photos() -> list[str]:
@@ -66,6 +58,13 @@ def as_html(drawing: bytes) -> str:
     return f'<div class="drawing"><img alt="Windows and groups" src="{source}"></div>'
 
 
+def picture_input(value: str | None) -> gr.Image:
+    """An image to upload that hands on its path, so that a file that is no image gets a message of ours."""
+    picture = gr.Image(value=value, label="Picture", sources=["upload", "clipboard"], height=230)
+    picture.preprocess = lambda upload: upload.path if upload else None
+    return picture
+
+
 def build_interface() -> gr.Blocks:
     """The page, in its order from top to bottom."""
     photos = example_photos()
@@ -73,9 +72,7 @@ def build_interface() -> gr.Blocks:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
-                picture = PicturePath(
-                    value=photos[0] if photos else None, label="Picture", sources=["upload", "clipboard"], height=230
-                )
+                picture = picture_input(photos[0] if photos else None)
                 if photos:
                     gr.Examples(photos, picture, label="Examples")
                 ratio = gr.Slider(0.05, 0.95, value=0.75, step=0.05, label="Share that is masked")

@@ -35,7 +35,7 @@ _DRAWING_DPI = 140
 
 NO_MODEL = (
     "**No reconstruction: no model is given.** Enter a model, or set `MODEL_ID` in the environment (on a Space: "
-    "Settings, Variables) to a Hub id or a folder that GreenSwin pretraining wrote. Windows and groups need no weights; "
+    "Settings, Variables) to a Hub id or a folder that pretraining wrote. Windows and groups need no weights; "
     "they are those of Swin-T with windows of 7 at 224 px."
 )
 NORMALISED = (
@@ -43,7 +43,9 @@ NORMALISED = (
     "and contrast, since it was trained on normalised targets; both were taken from the true pixels to show it. So the "
     "structure inside a unit is the model's, its overall brightness and colour are not."
 )
-NOT_NORMALISED = "**How to read the reconstruction.** Visible pixels are pasted; masked units are the model's predictions as they are."
+NOT_NORMALISED = (
+    "**How to read the reconstruction.** Visible pixels are pasted; masked units are the predictions as they are."
+)
 
 
 @dataclass(frozen=True)
