@@ -157,14 +157,14 @@ WRONG = {
     "a small picture": (lambda folder: {"picture": str(small_picture(folder))}, "40x12 px; give one of at least 16x16"),
     "a damaged picture": (lambda folder: {"picture": str(damaged_picture(folder))}, "cannot be read .*upload another"),
     "a text": (lambda folder: {"picture": str(no_picture_at_all(folder))}, r"cannot be read \(cannot identify"),
-    "ratio 0": (lambda folder: {"ratio": 0}, "mask_ratio 0 must be greater than 0"),
-    "ratio 1": (lambda folder: {"ratio": 1.0}, "mask_ratio 1.0 must be .*less than 1"),
-    "ratio NaN": (lambda folder: {"ratio": float("nan")}, "mask_ratio nan"),
-    "no ratio": (lambda folder: {"ratio": None}, "mask_ratio None"),
-    "no seed": (lambda folder: {"seed": None}, "Seed None must be a whole number"),
-    "a negative seed": (lambda folder: {"seed": -1}, "Seed -1 must be"),
-    "half a seed": (lambda folder: {"seed": 0.5}, "Seed 0.5 must be"),
-    "an endless seed": (lambda folder: {"seed": float("inf")}, "Seed inf must be"),
+    "ratio 0": (lambda folder: {"ratio": 0}, "masked share 0 must be greater than 0"),
+    "ratio 1": (lambda folder: {"ratio": 1.0}, "masked share 1.0 must be .*less than 1"),
+    "ratio NaN": (lambda folder: {"ratio": float("nan")}, "masked share nan"),
+    "no ratio": (lambda folder: {"ratio": None}, "masked share None"),
+    "no seed": (lambda folder: {"seed": None}, "seed None must be a whole number"),
+    "a negative seed": (lambda folder: {"seed": -1}, "seed -1 must be"),
+    "half a seed": (lambda folder: {"seed": 0.5}, "seed 0.5 must be"),
+    "an endless seed": (lambda folder: {"seed": float("inf")}, "seed inf must be"),
     "stage 0": (lambda folder: {"stage": 0}, "stage 0 must be 1 to 4"),
     "no such folder": (
         lambda folder: {"model": str(folder / "none")},
@@ -230,10 +230,11 @@ def chromium():
     return path
 
 
-@pytest.fixture
-def space(chromium, grey_model, tmp_path):
+@pytest.fixture(scope="module")
+def space(chromium, grey_model, tmp_path_factory):
     """Address of the demo, run as a Space runs it: package and photographs beside app.py, in a process of its own."""
-    folder = tmp_path / "space"
+    tmp_path = tmp_path_factory.mktemp("space")
+    folder = tmp_path / "demo"
     shutil.copytree(SPACE, folder)
     shutil.copytree(PHOTOS, folder / "photos")
     shutil.copytree(ROOT / "green_swin_hf", folder / "green_swin_hf")
@@ -323,7 +324,7 @@ def browser(chromium):
 
 
 @pytest.mark.browser
-def test_a_visitor_sees_masked_picture_reconstruction_and_groups(space, browser, tmp_path):
+def test_a_visitor_sees_masked_picture_reconstruction_and_groups(space, browser):
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     visitor = Visitor(page, space)
     first = visitor.drawing()
@@ -332,7 +333,7 @@ def test_a_visitor_sees_masked_picture_reconstruction_and_groups(space, browser,
     visitor.choose_picture(CUP)
     drawing = visitor.changed(first)
     page.get_by_role("slider").first.focus()
-    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Home")  # the least share
     drawing = visitor.changed(drawing)
     page.get_by_label("Seed of the mask").fill("7")
     drawing = visitor.changed(drawing)
@@ -366,7 +367,7 @@ def test_a_visitor_is_told_in_one_line_what_is_wrong(space, browser, tmp_path):
     visitor.choose_picture(CAT)
     visitor.message("No reconstruction")
     visitor.page.get_by_label("Seed of the mask").fill("")
-    visitor.message("Seed None must be a whole number")
+    visitor.message("seed None must be a whole number")
     assert "Traceback" not in visitor.page.content()
 
 

@@ -41,7 +41,9 @@ def example_photos() -> list[str]:
     return sorted(str(path) for path in folder.glob("*.*") if path.suffix in (".jpg", ".png"))
 
 
-def show(picture: str | None, model: str, ratio: float, seed: float | None, stage: int, shifted: bool) -> list[Any]:
+def show(
+    picture: str | None, model: str, ratio: float | None, seed: float | None, stage: int, shifted: bool
+) -> list[Any]:
     """The outputs of the interface: pictures, the choice of stages, the drawing, the message."""
     try:
         shown = demonstrate(picture, model or "", ratio, seed, stage, shifted)
@@ -63,6 +65,12 @@ def picture_input(value: str | None) -> gr.Image:
     picture = gr.Image(value=value, label="Picture", sources=["upload", "clipboard"], height=230)
     picture.preprocess = lambda upload: upload.path if upload else None
     return picture
+
+
+def output_picture(caption: str) -> gr.Image:
+    return gr.Image(
+        label=caption, show_label=False, format="png", buttons=[], interactive=False, elem_classes=["result"]
+    )
 
 
 def build_interface() -> gr.Blocks:
@@ -90,9 +98,7 @@ def build_interface() -> gr.Blocks:
                     for caption in ("Masked", "Reconstruction", "Original"):
                         with gr.Column(min_width=90):
                             gr.Markdown(f"**{caption}**", elem_classes=["caption"])
-                            pictures.append(
-                                gr.Image(label=caption, show_label=False, format="png", buttons=[], interactive=False)
-                            )
+                            pictures.append(output_picture(caption))
                 with gr.Row():
                     stage = gr.Radio(list(range(1, MOST_STAGES + 1)), value=2, label="Windows and groups of stage")
                     shifted = gr.Checkbox(label="Shifted windows", info="those of every second block")

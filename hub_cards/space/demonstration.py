@@ -79,7 +79,7 @@ class Demonstration:
 
 
 def demonstrate(
-    picture: str | None, model_name: str, mask_ratio: float, seed: float | None, stage: int, shifted: bool
+    picture: str | None, model_name: str, mask_ratio: float | None, seed: float | None, stage: int, shifted: bool
 ) -> Demonstration:
     """Mask the centre of a picture, reconstruct it and draw its groups.
 
@@ -99,7 +99,7 @@ def demonstrate(
     channels = config.num_channels
     image = prepare_picture(picture, as_pair(config.image_size), channels)
     geometry = SparseGeometry.from_config(config)
-    mask = sample_masks(1, geometry.unit_grid_size, mask_ratio, torch.Generator().manual_seed(_checked_seed(seed)))
+    mask = draw_mask(geometry, mask_ratio, seed)
     plan = build_sparse_plan(mask, geometry)
     stage = min(stage, len(geometry.stages))
     texts = [NO_MODEL if loaded is None else NORMALISED if config.norm_pix_loss else NOT_NORMALISED]
@@ -175,6 +175,15 @@ def prepare_picture(picture: str | None, image_size: tuple[int, int], channels: 
     return EvaluationTransform(image_size, channels, 0, *plain, crop_fraction=1.0)(pixels)
 
 
+def draw_mask(geometry: SparseGeometry, mask_ratio: float | None, seed: float | None) -> Tensor:
+    """[1, units] bool, True = masked. An empty field of the interface is None."""
+    if mask_ratio is None or not 0 < mask_ratio < 1:
+        raise ValueError(f"The masked share {mask_ratio} must be greater than 0 and less than 1")
+    if seed is None or not 0 <= seed < 2**63 or seed != int(seed):
+        raise ValueError(f"The seed {seed} must be a whole number of at least 0")
+    return sample_masks(1, geometry.unit_grid_size, mask_ratio, torch.Generator().manual_seed(int(seed)))
+
+
 @torch.no_grad()
 def reconstruct(loaded: LoadedModel, image: Tensor, plan: SparsePlan) -> Tensor:
     """The picture with its masked units as the model predicts them: [C, H, W] in 0 … 1."""
@@ -192,12 +201,6 @@ def draw_groups(image: Tensor, plan: SparsePlan, stage: int, shifted: bool) -> b
     file = io.BytesIO()
     grouping_figure(image, plan, stage=stage, shifted=shifted).savefig(file, format="png", dpi=_DRAWING_DPI)
     return file.getvalue()
-
-
-def _checked_seed(seed: float | None) -> int:
-    if seed is None or seed != int(seed) or not 0 <= seed < 2**63:
-        raise ValueError(f"Seed {seed} must be a whole number of at least 0")
-    return int(seed)
 
 
 def _as_picture(image: Tensor) -> np.ndarray:
