@@ -26,11 +26,12 @@ MOST_STAGES = 4
 THEME = gr.themes.Default(primary_hue="green", font=["system-ui", "sans-serif"])
 # On a phone the wide drawing is scrolled sideways instead of being shrunk until its numbers cannot be read.
 CSS = """
-.drawing { overflow-x: auto; background: white; border-radius: 8px; padding: 10px; }
-.drawing img { display: block; width: 100%; min-width: 720px; }
+.drawing { overflow-x: auto; background: white; border-radius: 8px; padding: 6px; }
+.drawing img { display: block; width: 100%; min-width: 660px; }
 .caption p { font-size: 13px; margin-bottom: -10px; }
-.message p { margin: 0.2em 0; }
-.error { border-left: 4px solid #D55E00; padding-left: 0.8em; }
+#message p { margin: 0.2em 0; }
+#message.problem { border-left: 4px solid #D55E00; padding-left: 0.8em; }
+#message.problem p { font-weight: 600; }
 """
 
 
@@ -48,10 +49,12 @@ def show(
     try:
         shown = demonstrate(picture, model or "", ratio, seed, stage, shifted)
     except ValueError as error:
-        message = gr.Markdown(f"**{error}**", elem_classes=["message", "error"])
+        message = gr.Markdown(str(error), elem_classes=["problem"])
         return [None, None, None, gr.skip(), "", message]
-    stages = gr.Radio(choices=list(range(1, shown.num_stages + 1)), value=shown.stage)
-    message = gr.Markdown(shown.text, elem_classes=["message"])
+    # The value is sent only where it must change: another one may have been chosen meanwhile.
+    value = {} if shown.stage == stage else {"value": shown.stage}
+    stages = gr.Radio(choices=list(range(1, shown.num_stages + 1)), **value)
+    message = gr.Markdown(shown.text, elem_classes=[])
     return [shown.masked, shown.reconstruction, shown.original, stages, as_html(shown.drawing), message]
 
 
@@ -65,6 +68,13 @@ def picture_input(value: str | None) -> gr.Image:
     picture = gr.Image(value=value, label="Picture", sources=["upload", "clipboard"], height=230)
     picture.preprocess = lambda upload: upload.path if upload else None
     return picture
+
+
+def share_input() -> gr.Slider:
+    """The share that is masked. What is typed beside the slider is handed on as it is, again for a message of ours."""
+    share = gr.Slider(0.05, 0.95, value=0.75, step=0.05, label="Share that is masked")
+    share.preprocess = lambda value: value
+    return share
 
 
 def output_picture(caption: str) -> gr.Image:
@@ -83,8 +93,8 @@ def build_interface() -> gr.Blocks:
                 picture = picture_input(photos[0] if photos else None)
                 if photos:
                     gr.Examples(photos, picture, label="Examples")
-                ratio = gr.Slider(0.05, 0.95, value=0.75, step=0.05, label="Share that is masked")
-                seed = gr.Number(0, precision=0, minimum=0, label="Seed of the mask")
+                ratio = share_input()
+                seed = gr.Number(0, label="Seed of the mask")
                 model = gr.Textbox(
                     os.environ.get("MODEL_ID", ""),
                     label="Model",
@@ -92,7 +102,7 @@ def build_interface() -> gr.Blocks:
                     info="a pretrained GreenSwin; press Enter to load it",
                 )
             with gr.Column(scale=3, min_width=320):
-                message = gr.Markdown(elem_classes=["message"], elem_id="message")
+                message = gr.Markdown(elem_id="message")
                 pictures = []
                 with gr.Row():
                     for caption in ("Masked", "Reconstruction", "Original"):
@@ -102,7 +112,7 @@ def build_interface() -> gr.Blocks:
                 with gr.Row():
                     stage = gr.Radio(list(range(1, MOST_STAGES + 1)), value=2, label="Windows and groups of stage")
                     shifted = gr.Checkbox(label="Shifted windows", info="those of every second block")
-                drawing = gr.HTML(elem_id="drawing")
+                drawing = gr.HTML(elem_id="drawing", padding=False)
                 gr.Markdown(ABOUT_GROUPS)
         gr.on(
             [page.load, picture.change, ratio.change, seed.change, model.submit, stage.input, shifted.input],
@@ -117,4 +127,4 @@ def build_interface() -> gr.Blocks:
 
 
 if __name__ == "__main__":
-    build_interface().launch(css=CSS, theme=THEME, ssr_mode=False)
+    build_interface().launch(css=CSS, theme=THEME, ssr_mode=False, run_history=False)

@@ -212,4 +212,5 @@ def _as_picture(image: Tensor) -> np.ndarray:
 
 
 def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+    """The first sentence."""
+    return " ".join(str(error).split()).partition(". ")[0][:160].strip()
