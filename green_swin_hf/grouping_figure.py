@@ -212,7 +212,7 @@ def _draw_bars(axes: Axes, bars: list[tuple[int, list[int]]], slots: int, most_s
     """A bar of `slots` for each (group, tokens of its windows); what they leave free is hatched."""
     thickness = min(_THICKEST_BAR, height / len(bars))
     has_text = thickness > _SMALLEST_LABELLED
-    text = {"fontsize": min(8.0, 48 * thickness), "va": "center", "color": _INK}
+    text: dict[str, Any] = {"fontsize": min(8.0, 48 * thickness), "va": "center", "color": _INK}
     border = min(1.0, 5 * thickness)
     for row, (group, counts) in enumerate(bars):
         start = 0

@@ -28,7 +28,7 @@ THEME = gr.themes.Default(primary_hue="green", font=["system-ui", "sans-serif"])
 CSS = """
 .drawing { overflow-x: auto; background: white; border-radius: 8px; padding: 6px; }
 .drawing img { display: block; width: 100%; min-width: 660px; }
-.caption p { font-size: 13px; margin-bottom: -10px; }
+.caption p { font-size: min(13px, 2.8vw); margin-bottom: -10px; }
 #message p { margin: 0.2em 0; }
 #message.problem { border-left: 4px solid #D55E00; padding-left: 0.8em; }
 #message.problem p { font-weight: 600; }
