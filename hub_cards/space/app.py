@@ -120,6 +120,7 @@ def build_interface() -> gr.Blocks:
             [picture, model, ratio, seed, stage, shifted],
             [*pictures, stage, drawing, message],
             show_progress="minimal",
+            show_progress_on=pictures[1],
             trigger_mode="always_last",
             api_name="show",
         )
