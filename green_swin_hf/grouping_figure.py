@@ -28,7 +28,7 @@ _TINT = 0.45  # share of a group's colour over what is visible
 
 # Lengths in inches; the picture is meant to be shown about 900 pixels wide.
 _WIDTH, _MARGIN, _TOP, _BOTTOM = 9.4, 0.12, 0.62, 0.8
-_PHOTO, _BARS, _GAP, _NUMBERS = 3.7, 2.1, 0.36, 0.3
+_PHOTO, _BARS, _GAP = 3.7, 2.1, 0.36
 _BARS_LEFT = (_MARGIN + _PHOTO + _GAP, _WIDTH - _MARGIN - _BARS)
 _THICKEST_BAR, _LEAST_HEIGHT, _SMALLEST_LABELLED = 0.23, 2.3, 0.105
 
