@@ -1,8 +1,8 @@
 """Convert Swin weights into a GreenSwin folder, and back into stock Swin or timm.
 
-    python examples/convert.py swin_tiny.pth outputs/green_swin                      # Microsoft's, SimMIM's, timm's file
-    python examples/convert.py path/to/swin_folder outputs/green_swin                # a folder of transformers' Swin
-    python examples/convert.py green_mim.pth outputs/green_swin --legacy-merge-order # GreenMIM code before 2023
+    python examples/convert.py swin_tiny.pth outputs/green_swin         # a file of Microsoft, SimMIM, GreenMIM or timm
+    python examples/convert.py path/to/swin_folder outputs/green_swin   # a folder of transformers' Swin
+    python examples/convert.py green_mim.pth outputs/green_swin --legacy-merge-order   # GreenMIM code before 2023
     python examples/convert.py swin_tiny.pth outputs/window14 --window-size 14 --image-size 448
     python examples/convert.py outputs/finetune outputs/swin --to swin               # loads without this package
     python examples/convert.py outputs/finetune outputs/timm --to timm
@@ -27,6 +27,7 @@ from green_swin_hf.configuration_green_swin import as_pair
 from green_swin_hf.training import OneLineParser, check_output_folder, one_line_errors
 from green_swin_hf.weight_conversion import Conversion, ConversionOptions, convert_to_green_swin
 from green_swin_hf.weight_conversion_export import Export, export_to_swin, export_to_timm
+from green_swin_hf.weight_conversion_files import fetch_source
 from green_swin_hf.weight_conversion_images import build_processor, processor_options
 from green_swin_hf.weight_conversion_names import FORMATS
 
@@ -35,7 +36,7 @@ PHOTO = Path(__file__).resolve().parent / "data" / "photos" / "astronaut.png"
 
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="file (.pth, .safetensors) or folder with weights")
+    parser.add_argument("source", help="file (.pth, .safetensors), folder, or repository on the Hub (user/name)")
     parser.add_argument("output", type=Path, help="folder to make")
     parser.add_argument("--to", choices=("green-swin", "swin", "timm"), default="green-swin", help="kind of the output")
     parser.add_argument("--source-format", choices=tuple(FORMATS), help="overrules what the names say")
@@ -47,8 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
     head = parser.add_mutually_exclusive_group()
     head.add_argument("--keep-head", dest="keep_head", action="store_true", default=None, help="fail if there is none")
     head.add_argument("--drop-head", dest="keep_head", action="store_false", help="leave out the classifier or decoder")
-    parser.add_argument("--image-size", type=positive, nargs="+", metavar="PIXELS", help="one side, or rows and columns")
-    parser.add_argument("--window-size", type=positive, metavar="TOKENS", help="position tables are resized bicubically")
+    parser.add_argument(
+        "--image-size", type=positive, nargs="+", metavar="PIXELS", help="one side, or rows and columns"
+    )
+    parser.add_argument(
+        "--window-size", type=positive, metavar="TOKENS", help="position tables are resized bicubically"
+    )
     parser.add_argument("--num-channels", type=positive, metavar="N", help="1: summed; else repeated in turn, rescaled")
     parser.add_argument("--decoder-heads", type=positive, metavar="N", help="of a GreenMIM decoder not 512 wide")
     parser.add_argument("--layer-norm-eps", type=float, metavar="EPS", help="of a file that differs from its recipe")
@@ -81,7 +86,7 @@ def read_options(arguments: argparse.Namespace) -> ConversionOptions:
     )
 
 
-def check_paths(source: Path, output: Path, photo: Path) -> None:
+def check_paths(output: Path, photo: Path) -> None:
     """Raise a `ValueError` before any work where the output is in use or the photograph is missing."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output {output} exists; give a folder that does not, or is empty")
@@ -108,15 +113,18 @@ def write(conversion: Conversion, arguments: argparse.Namespace) -> tuple[Export
 
 def report(conversion: Conversion, export: Export | None, names: list[str], arguments: argparse.Namespace) -> None:
     config = conversion.model.config
+    stages = f"depths {listed(config.depths)}, heads {listed(config.num_heads)}"
     count = sum(parameter.numel() for parameter in conversion.model.parameters())
     rows, columns = as_pair(config.image_size)
     print(f"Source: {arguments.source}, {FORMATS[conversion.source_format]}")
     print(
         f"Model: {type(conversion.model).__name__}, {count:,} parameters; image {rows}x{columns}, patch "
-        f"{config.patch_length}, window {config.window_size}, width {config.embed_dim}, depths {listed(config.depths)}, "
-        f"heads {listed(config.num_heads)}, epsilon {config.layer_norm_eps:g}"
+        f"{config.patch_length}, window {config.window_size}, width {config.embed_dim}, {stages}, "
+        f"epsilon {config.layer_norm_eps:g}"
     )
     print(f"Converted: {conversion.num_tensors} tensors of {len(conversion.checkpoint.tensors)}")
+    if export is not None:
+        print(f"Exported: {export.num_tensors} tensors under the names of {FORMATS[arguments.to]}")
     for line in conversion.left_out + (export.left_out if export else []):
         print(f"Left out: {line}")
     for line in conversion.changes:
@@ -135,9 +143,9 @@ def listed(values: Sequence[int]) -> str:
 
 def next_step(conversion: Conversion, arguments: argparse.Namespace) -> str:
     if arguments.to == "timm":
-        return f"timm.create_model('local-dir:{arguments.output}', pretrained=True)"
+        return f"python -c \"import timm; timm.create_model('local-dir:{arguments.output}', pretrained=True)\""
     if arguments.to == "swin":
-        return f"transformers.AutoModel.from_pretrained('{arguments.output}')"
+        return f"python -c \"import transformers; transformers.AutoModel.from_pretrained('{arguments.output}')\""
     if type(conversion.model).__name__ == "GreenSwinForImageClassification":
         return f"python examples/evaluate_model.py --model {arguments.output} --data path/to/images"
     return f"python examples/finetune.py --model {arguments.output} --data path/to/images"
@@ -149,8 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with one_line_errors("convert.py"):
         arguments = build_parser().parse_args(argv)
         options = read_options(arguments)
-        check_paths(arguments.source, arguments.output, arguments.photo)
-        conversion = convert_to_green_swin(arguments.source, arguments.photo, options)
+        check_paths(arguments.output, arguments.photo)
+        conversion = convert_to_green_swin(fetch_source(arguments.source), arguments.photo, options)
         export, names = write(conversion, arguments)
     report(conversion, export, names, arguments)
     return 0

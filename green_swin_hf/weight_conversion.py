@@ -143,7 +143,8 @@ def convert_to_green_swin(source: Path, photo: Path, options: ConversionOptions 
     if options.legacy_merge_order:
         changes.insert(0, "patch merging: siblings 00, 01, 10, 11 reordered to Swin's 00, 10, 01, 11")
     dtypes = {tensor.dtype for tensor in source_.tensors.values()}
-    model = model.to(dtypes.pop()) if len(dtypes) == 1 else model
+    if len(dtypes) == 1:
+        model.to(dtype=dtypes.pop())
     notes = [f"{note.count} {note.what}" for note in left_out]
     return Conversion(model, checkpoint, source_format, num_tensors, notes, changes, comparisons)
 
@@ -181,20 +182,19 @@ def _renamed(
         )
     missing = missing_names(names, found)
     if missing:
-        raise ValueError(f"{checkpoint.path} lacks {len(missing)} tensors of {FORMATS[source_format]}: {_some(missing)}")
+        raise ValueError(
+            f"{checkpoint.path} lacks {len(missing)} tensors of {FORMATS[source_format]}: {_some(missing)}"
+        )
     head = next((prefix for prefix in _HEADS.values() if any(name.startswith(prefix) for name in tensors)), None)
     if options.keep_head and head is None:
-        raise ValueError(
-            f"{checkpoint.path} has no head with a counterpart in GreenSwin ({FORMATS[source_format]}); leave out "
-            "--keep-head"
-        )
-    if options.keep_head is False and head is not None:
-        if head == _HEADS["backbone"]:
-            raise ValueError(f"{checkpoint.path} is a backbone without a final norm; its norms cannot be left out")
-        dropped = [theirs for theirs, ours in names.items() if theirs in found and ours[0].startswith(head)]
-        left_out.append(_LeftOut(len(dropped), f"tensors of the head, as asked: {_some(dropped)}"))
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(head)}
-    return tensors, left_out
+        raise ValueError(f"{checkpoint.path} has no head with a counterpart in GreenSwin; leave out --keep-head")
+    if options.keep_head is not False or head is None:
+        return tensors, left_out
+    if head == _HEADS["backbone"]:
+        raise ValueError(f"{checkpoint.path} is a backbone without a final norm; its norms cannot be left out")
+    dropped = [theirs for theirs in found if theirs in names and names[theirs][0].startswith(head)]
+    left_out.append(_LeftOut(len(dropped), f"tensors of the head, as asked: {_some(dropped)}"))
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(head)}, left_out
 
 
 def _some(names: list[str]) -> str:
@@ -206,6 +206,8 @@ def _read_source(
     checkpoint: Checkpoint, source_format: str, tensors: dict[str, Tensor], options: ConversionOptions
 ) -> _Source:
     """Kind and configuration of renamed weights."""
+    if options.decoder_heads is not None and source_format != "greenmim":
+        raise ValueError(f"--decoder-heads is for published GreenMIM files; this is {FORMATS[source_format]}")
     if options.legacy_merge_order:
         if source_format not in ("greenmim", "simmim", "microsoft"):
             raise ValueError(
@@ -214,6 +216,8 @@ def _read_source(
             )
         tensors = undo_legacy_merge_order(tensors)
     if source_format in ("swin", "green-swin"):
+        if options.layer_norm_eps is not None:
+            raise ValueError("--layer-norm-eps is for files of weights alone; this folder's config.json tells it")
         if not checkpoint.config:
             raise ValueError(f"{checkpoint.path} comes without a config.json; give the folder that has both")
         config = folder_config(checkpoint.config)

@@ -177,7 +177,8 @@ class _PublishedSwin:
         padded = nn.functional.pad(grid, (0, 0, 0, -columns % window, 0, -rows % window))
         rolled = padded.roll((-shift, -shift), dims=(1, 2))
         height, width = rolled.shape[1:3]
-        bias = _position_bias(self.tensors[f"{name}.relative_position_bias_table"], window)  # [heads, w², w²]
+        table = self.tensors[f"{name}.relative_position_bias_table"]
+        bias = table[position_index(window)].permute(2, 0, 1)  # [heads, w², w²]
         mask = _shift_mask(height, width, window, shift)[:, None]  # [windows, 1, w², w²]
         bias = (bias + mask).repeat(batch, 1, 1, 1)
         attended = self.attention(_windows(rolled, window), name, heads, bias)
@@ -205,12 +206,13 @@ def _windows(grid: Tensor, window: int) -> Tensor:
     return grid.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 
-def _position_bias(table: Tensor, window: int) -> Tensor:
+def position_index(window: int) -> Tensor:
+    """Row of the position table for each pair of tokens of a window, [window², window²] int64, in raster order."""
     row, column = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
     row, column = row.flatten(), column.flatten()
     down = row[:, None] - row[None] + window - 1
     right = column[:, None] - column[None] + window - 1
-    return table[down * (2 * window - 1) + right].permute(2, 0, 1)
+    return down * (2 * window - 1) + right
 
 
 def _shift_mask(height: int, width: int, window: int, shift: int) -> Tensor:
@@ -235,6 +237,7 @@ __all__ = [
     "compare_outputs",
     "outputs_of",
     "photo_pixels",
+    "position_index",
     "published_outputs",
     "set_epsilon",
 ]

@@ -16,7 +16,14 @@ from transformers import SwinConfig, ViTImageProcessor
 from .configuration_green_swin import VARIANTS, GreenSwinConfig, as_pair, stage_grid_sizes
 from .modeling_green_swin import GreenSwinBackbone, GreenSwinForImageClassification, GreenSwinPreTrainedModel
 from .weight_conversion import accepted, stock_comparisons
-from .weight_conversion_check import Comparison, compare_outputs, outputs_of, photo_pixels, published_outputs
+from .weight_conversion_check import (
+    Comparison,
+    compare_outputs,
+    outputs_of,
+    photo_pixels,
+    position_index,
+    published_outputs,
+)
 from .weight_conversion_images import timm_description
 from .weight_conversion_names import published_names, to_published_names
 
@@ -57,9 +64,7 @@ class Export:
     comparisons: list[Comparison]
 
 
-def export_to_swin(
-    model: GreenSwinPreTrainedModel, processor: Mapping[str, Any], folder: Path, photo: Path
-) -> Export:
+def export_to_swin(model: GreenSwinPreTrainedModel, processor: Mapping[str, Any], folder: Path, photo: Path) -> Export:
     """Write a folder of stock Swin (`model_type` "swin", published names) that any transformers loads.
 
     Args:
@@ -75,7 +80,11 @@ def export_to_swin(
     kind, tensors, left_out = _exported(model)
     if kind != "classifier":  # stock files name the encoder of a bare model and of a backbone without a prefix
         tensors = {name.removeprefix("swin."): tensor for name, tensor in tensors.items()}
-    _save(tensors, folder)
+    # transformers 4.x keeps the index of the tables in its files, and memory that nobody filled where one lacks it
+    index = position_index(model.config.window_size)
+    end = "relative_position_bias_table"
+    buffers = {name.replace(end, "relative_position_index"): index for name in tensors if name.endswith(end)}
+    _save({**tensors, **buffers}, folder)
     stock_config(model.config, kind).save_pretrained(folder)
     ViTImageProcessor(**processor).save_pretrained(folder)
     pixels = photo_pixels(photo, as_pair(model.config.image_size), model.config.num_channels)
@@ -90,8 +99,8 @@ def check_stock_geometry(config: GreenSwinConfig) -> None:
             unit = config.mask_unit_size
             raise ValueError(
                 f"stock Swin cannot have stage {stage}: its grid at image_size {config.image_size} is smaller than "
-                f"window_size {config.window_size}, where stock Swin keeps a table for the whole window and fails; give "
-                f"--window-size {min(config.stage_window_sizes)} or --image-size {config.window_size * unit}, or use "
+                f"window_size {config.window_size}, where stock Swin keeps a table for the whole window and fails; "
+                f"give --window-size {min(config.stage_window_sizes)} or --image-size {config.window_size * unit}, or use "
                 "timm, which clamps windows (--to timm)"
             )
 
@@ -107,9 +116,7 @@ def stock_config(config: GreenSwinConfig, kind: str) -> SwinConfig:
     return SwinConfig(**fields, architectures=[names[kind]])
 
 
-def export_to_timm(
-    model: GreenSwinPreTrainedModel, processor: Mapping[str, Any], folder: Path, photo: Path
-) -> Export:
+def export_to_timm(model: GreenSwinPreTrainedModel, processor: Mapping[str, Any], folder: Path, photo: Path) -> Export:
     """Write a state dict for timm's Swin, with the `config.json` that `timm.create_model("local-dir:…")` reads.
 
     Args: those of `export_to_swin`. The outputs are compared with Swin's definition on the written tensors.
@@ -181,8 +188,9 @@ def timm_config(config: GreenSwinConfig, kind: str, processor: Mapping[str, Any]
             **timm_description(processor, config),
         },
     }
-    if count and config.id2label != {index: f"LABEL_{index}" for index in range(count)}:
-        description["label_names"] = [config.id2label[index] for index in range(count)]
+    labels: Any = config.id2label
+    if count and labels != {index: f"LABEL_{index}" for index in range(count)}:
+        description["label_names"] = [labels[index] for index in range(count)]
     return description
 
 
@@ -218,7 +226,9 @@ def _timm_comparisons(
 
     def compared(epsilon: float, against: str) -> Comparison:
         theirs = published_outputs(tensors, model.config, pixels, merging_offset=1, epsilon=epsilon)
-        return compare_outputs(ours, [theirs[name] for name in ("last_hidden_state", "logits") if name in theirs], against)
+        return compare_outputs(
+            ours, [theirs[name] for name in ("last_hidden_state", "logits") if name in theirs], against
+        )
 
     as_loaded = compared(_TIMM_EPSILON, "from Swin's definition on the written tensors, with timm's epsilon 1e-05")
     epsilon = model.config.layer_norm_eps

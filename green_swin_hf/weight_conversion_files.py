@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -59,6 +60,27 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give a file (.safetensors, .pth) or a folder with weights")
     return _read_file(path)
+
+
+def fetch_source(source: str) -> Path:
+    """`source` as a path, fetched first where it is no path and reads like a repository on the Hub (`user/name`).
+
+    Raises:
+        ValueError: it cannot be fetched.
+    """
+    path = Path(source)
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        return path
+    try:
+        folder = Path(snapshot_download(source, allow_patterns=["*config.json", "model*.safetensors*"]))
+        if not any(folder.glob("model*.safetensors")):
+            snapshot_download(source, allow_patterns=["pytorch_model*.bin*"])
+        return folder
+    except Exception as error:  # the HTTP library's own types, which differ between versions of huggingface_hub
+        raise ValueError(
+            f"{source} does not exist here and cannot be fetched from the Hub ({type(error).__name__}); give a file, a "
+            "folder, or user/name of a repository"
+        ) from None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -142,4 +164,4 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "fetch_source", "open_checkpoint"]

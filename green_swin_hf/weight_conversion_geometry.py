@@ -90,13 +90,15 @@ def _decoder_fields(tensors: Mapping[str, Tensor], checkpoint: Checkpoint, heads
             f"{checkpoint.path} does not tell the attention heads of its decoder of width {width}; give "
             "--decoder-heads, or leave the decoder out: --drop-head"
         )
-    norm_target = checkpoint.settings.get("norm_pix_loss")
+    settings = checkpoint.settings
+    told: dict[str, Any] = {name: settings[name] for name in ("norm_pix_loss", "mask_ratio") if name in settings}
     return {
         "decoder_hidden_size": width,
         "decoder_num_hidden_layers": count_decoder_blocks(checkpoint.tensors),
         "decoder_num_attention_heads": heads or _PUBLISHED_DECODER[1],
         "decoder_intermediate_size": tensors["decoder.layers.0.up.weight"].shape[0],
-        **({"norm_pix_loss": norm_target} if isinstance(norm_target, bool) else {}),
+        "drop_path_rate": 0.0,  # of the published pretraining; fine-tuning sets its own
+        **told,
     }
 
 
@@ -214,6 +216,8 @@ def adapt_weights(
     changes: dict[str, Any] = {"image_size": image_size, "window_size": window_size, "num_channels": num_channels}
     changes = {name: value for name, value in changes.items() if value is not None}
     adapted = GreenSwinConfig.from_dict({**config.to_dict(), **changes})
+    if changes and "decoder.predictor.weight" in tensors:
+        adapted.validate_geometry()  # pretraining takes whole mask units only
     result, notes = dict(tensors), []
     for stage in range(config.num_layers):
         old, new = config.stage_window_sizes[stage], adapted.stage_window_sizes[stage]

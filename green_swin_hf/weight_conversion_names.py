@@ -44,6 +44,21 @@ _STYLES = {
     "simmim": _Style("encoder.", 0, None),
     "greenmim": _Style("encoder.", 0, None),
 }
+_BLOCK_MODULES = {
+    "norm1": "layernorm_before",
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+_DECODER_MODULES = {
+    "norm1": "layernorm_before",
+    "attn.proj": "output",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "up",
+    "mlp.fc2": "down",
+}
+_NO_SWIN = "the file has no names of a Swin (layers.0.blocks.0.…); give a Swin's weights"
 _BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.blocks\.(\d+)\.")
 # Computed from the geometry, not trained. `decoder_pos_embed` is: the comparison of outputs reads it.
 _BUFFERS = re.compile(r"(?:^|\.)(?:relative_position_index|attn_mask)$|^decoder_pos_embed$")
@@ -63,7 +78,7 @@ def recognise_format(names: Iterable[str], config: Mapping[str, object]) -> str:
     if any("logit_scale" in name for name in names):
         raise ValueError("the file holds a Swin V2 (logit_scale), which is another architecture than Swin")
     if not any(_BLOCK.search(name) for name in names):
-        raise ValueError("the file has no names of a Swin (layers.0.blocks.0.…); give a Swin's weights")
+        raise ValueError(_NO_SWIN)
     if any(name.endswith("attention.self.query.weight") for name in names):
         return "green-swin" if model_type == "green_swin" else "swin"
     if any(name.startswith("encoder.") for name in names):
@@ -73,8 +88,14 @@ def recognise_format(names: Iterable[str], config: Mapping[str, object]) -> str:
 
 
 def count_blocks(names: Iterable[str]) -> tuple[int, ...]:
-    """Blocks of each stage."""
+    """Blocks of each stage.
+
+    Raises:
+        ValueError: there are none.
+    """
     found = {(int(match[1]), int(match[2])) for name in names if (match := _BLOCK.search(name))}
+    if not found:
+        raise ValueError(_NO_SWIN)
     stages = max(stage for stage, _ in found) + 1
     return tuple(max((block for of, block in found if of == stage), default=-1) + 1 for stage in range(stages))
 
@@ -87,53 +108,53 @@ def count_decoder_blocks(names: Iterable[str]) -> int:
 def published_names(source_format: str, depths: tuple[int, ...], decoder_blocks: int = 0) -> dict[str, tuple[str, ...]]:
     """From each parameter's published name to ours; where queries, keys and values are one tensor, to three.
 
-    All that a file of this kind may hold; biases, absolute positions, final norm, head and decoder are not in each.
+    All that a file of this kind may hold; see `missing_names` for what it may lack.
+
+    >>> published_names("timm", (2, 2))["layers.0.blocks.1.mlp.fc1.bias"]
+    ('swin.encoder.layers.0.blocks.1.intermediate.dense.bias',)
     """
     style = _STYLES[source_format]
-    modules = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "patch_embed.norm": "embeddings.norm"}
-    fused: dict[str, str] = {}
-    reductions: dict[str, tuple[str, ...]] = {}
-    for stage, depth in enumerate(depths):
-        for block in range(depth):
-            theirs, ours = f"layers.{stage}.blocks.{block}", f"encoder.layers.{stage}.blocks.{block}"
-            modules.update(
-                {
-                    f"{theirs}.norm1": f"{ours}.layernorm_before",
-                    f"{theirs}.attn.proj": f"{ours}.attention.output.dense",
-                    f"{theirs}.norm2": f"{ours}.layernorm_after",
-                    f"{theirs}.mlp.fc1": f"{ours}.intermediate.dense",
-                    f"{theirs}.mlp.fc2": f"{ours}.output.dense",
-                }
-            )
-            fused[f"{theirs}.attn.qkv"] = f"{ours}.attention.self"
+    modules, fused = _encoder_modules(depths, style)
+    names = {f"{style.prefix}absolute_pos_embed": ("swin.embeddings.position_embeddings",)}
+    for theirs, ours in fused.items():
+        table = "relative_position_bias_table"
+        names[f"{theirs.removesuffix('qkv')}{table}"] = (f"{ours}.{table}",)
     for stage in range(len(depths) - 1):
-        theirs = f"layers.{stage + style.merging_offset}.downsample"
-        modules[f"{theirs}.norm"] = f"encoder.layers.{stage}.downsample.norm"
-        reductions[f"{style.prefix}{theirs}.reduction.weight"] = (f"swin.encoder.layers.{stage}.downsample.reduction.weight",)
-    modules["norm"] = "layernorm"
-    modules = {style.prefix + theirs: f"swin.{ours}" for theirs, ours in modules.items()}
-    fused = {style.prefix + theirs: f"swin.{ours}" for theirs, ours in fused.items()}
+        theirs = f"{style.prefix}layers.{stage + style.merging_offset}.downsample.reduction.weight"
+        names[theirs] = (f"swin.encoder.layers.{stage}.downsample.reduction.weight",)
     if style.head is not None:
         modules[style.head] = "classifier"
-    names = {f"{style.prefix}absolute_pos_embed": ("swin.embeddings.position_embeddings",), **reductions}
-    table = "relative_position_bias_table"
-    names.update({f"{key[: -len('qkv')]}{table}": (f"{ours}.{table}",) for key, ours in fused.items()})
     if source_format == "greenmim":
         names["mask_token"] = ("decoder.mask_token",)
         _add_decoder(modules, fused, decoder_blocks)
     for kind in ("weight", "bias"):
         names.update({f"{theirs}.{kind}": (f"{ours}.{kind}",) for theirs, ours in modules.items()})
-        parts = ("query", "key", "value")
-        names.update({f"{key}.{kind}": tuple(f"{ours}.{part}.{kind}" for part in parts) for key, ours in fused.items()})
+        for theirs, ours in fused.items():
+            names[f"{theirs}.{kind}"] = tuple(f"{ours}.{part}.{kind}" for part in ("query", "key", "value"))
     return names
 
 
+def _encoder_modules(depths: tuple[int, ...], style: _Style) -> tuple[dict[str, str], dict[str, str]]:
+    """Modules of the encoder with weight and bias, and those that hold queries, keys and values in one."""
+    modules = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "patch_embed.norm": "embeddings.norm"}
+    fused = {}
+    for stage, depth in enumerate(depths):
+        for block in range(depth):
+            theirs, ours = f"layers.{stage}.blocks.{block}", f"encoder.layers.{stage}.blocks.{block}"
+            modules.update({f"{theirs}.{old}": f"{ours}.{new}" for old, new in _BLOCK_MODULES.items()})
+            fused[f"{theirs}.attn.qkv"] = f"{ours}.attention.self"
+        if stage < len(depths) - 1:
+            theirs = f"layers.{stage + style.merging_offset}.downsample.norm"
+            modules[theirs] = f"encoder.layers.{stage}.downsample.norm"
+    modules["norm"] = "layernorm"
+    prefixed = ({f"{style.prefix}{old}": f"swin.{new}" for old, new in part.items()} for part in (modules, fused))
+    return next(prefixed), next(prefixed)
+
+
 def _add_decoder(modules: dict[str, str], fused: dict[str, str], decoder_blocks: int) -> None:
-    renamed = {"norm1": "layernorm_before", "attn.proj": "output", "norm2": "layernorm_after"}
-    renamed |= {"mlp.fc1": "up", "mlp.fc2": "down"}
     for block in range(decoder_blocks):
         theirs, ours = f"decoder_blocks.{block}", f"decoder.layers.{block}"
-        modules.update({f"{theirs}.{old}": f"{ours}.{new}" for old, new in renamed.items()})
+        modules.update({f"{theirs}.{old}": f"{ours}.{new}" for old, new in _DECODER_MODULES.items()})
         fused[f"{theirs}.attn.qkv"] = ours
     modules.update({"decoder_embed": "decoder.embed", "decoder_norm": "decoder.layernorm"})
     modules["decoder_pred"] = "decoder.predictor"
