@@ -96,12 +96,12 @@ def check_stock_geometry(config: GreenSwinConfig) -> None:
     """Raise a `ValueError` where stock Swin, whose stages all have tables of one window, cannot have the geometry."""
     for stage, window in enumerate(config.stage_window_sizes, start=1):
         if window != config.window_size:
-            unit = config.mask_unit_size
+            large = config.window_size * config.mask_unit_size
             raise ValueError(
                 f"stock Swin cannot have stage {stage}: its grid at image_size {config.image_size} is smaller than "
                 f"window_size {config.window_size}, where stock Swin keeps a table for the whole window and fails; "
-                f"give --window-size {min(config.stage_window_sizes)} or --image-size {config.window_size * unit}, or use "
-                "timm, which clamps windows (--to timm)"
+                f"give --window-size {min(config.stage_window_sizes)} or --image-size {large}, or use timm, "
+                "which clamps windows (--to timm)"
             )
 
 
