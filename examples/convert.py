@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 import green_swin_hf  # noqa: F401 (registers the models)
 from green_swin_hf.checkpointing import new_folder
 from green_swin_hf.configuration_green_swin import as_pair
-from green_swin_hf.training import OneLineParser, check_output_folder, one_line_errors
+from green_swin_hf.training import OneLineParser, _quiet_transformers, check_output_folder, one_line_errors
 from green_swin_hf.weight_conversion import Conversion, ConversionOptions, convert_to_green_swin
 from green_swin_hf.weight_conversion_export import Export, export_to_swin, export_to_timm
 from green_swin_hf.weight_conversion_files import fetch_source
@@ -90,7 +90,7 @@ def check_paths(output: Path, photo: Path) -> None:
     """Raise a `ValueError` before any work where the output is in use or the photograph is missing."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output {output} exists; give a folder that does not, or is empty")
-    check_output_folder(output)
+    check_output_folder(output, "OUTPUT")
     if not photo.is_file():
         raise ValueError(f"--photo {photo} is no file; give a picture to compare outputs on")
 
@@ -113,6 +113,8 @@ def write(conversion: Conversion, arguments: argparse.Namespace) -> tuple[Export
 
 def report(conversion: Conversion, export: Export | None, names: list[str], arguments: argparse.Namespace) -> None:
     config = conversion.model.config
+    decoder = f", decoder {config.decoder_hidden_size} wide with {config.decoder_num_attention_heads} heads"
+    has_decoder = type(conversion.model).__name__ == "GreenSwinForMaskedImageModeling"
     stages = f"depths {listed(config.depths)}, heads {listed(config.num_heads)}"
     count = sum(parameter.numel() for parameter in conversion.model.parameters())
     rows, columns = as_pair(config.image_size)
@@ -120,7 +122,7 @@ def report(conversion: Conversion, export: Export | None, names: list[str], argu
     print(
         f"Model: {type(conversion.model).__name__}, {count:,} parameters; image {rows}x{columns}, patch "
         f"{config.patch_length}, window {config.window_size}, width {config.embed_dim}, {stages}, "
-        f"epsilon {config.layer_norm_eps:g}"
+        f"epsilon {config.layer_norm_eps:g}{decoder if has_decoder else ''}"
     )
     print(f"Converted: {conversion.num_tensors} tensors of {len(conversion.checkpoint.tensors)}")
     if export is not None:
@@ -143,7 +145,10 @@ def listed(values: Sequence[int]) -> str:
 
 def next_step(conversion: Conversion, arguments: argparse.Namespace) -> str:
     if arguments.to == "timm":
-        return f"python -c \"import timm; timm.create_model('local-dir:{arguments.output}', pretrained=True)\""
+        # by hand: before 1.0.31 timm's own loader misreads a Swin without a head
+        make = f"model = timm.create_model('local-dir:{arguments.output}')"
+        load = f"model.load_state_dict(load_file('{arguments.output}/model.safetensors'))"
+        return f'python -c "import timm; from safetensors.torch import load_file; {make}; print({load})"'
     if arguments.to == "swin":
         return f"python -c \"import transformers; transformers.AutoModel.from_pretrained('{arguments.output}')\""
     if type(conversion.model).__name__ == "GreenSwinForImageClassification":
@@ -153,8 +158,7 @@ def next_step(conversion: Conversion, arguments: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # what is loaded in part is said here
-    with one_line_errors("convert.py"):
+    with one_line_errors("convert.py"), _quiet_transformers():  # what is left out is said here
         arguments = build_parser().parse_args(argv)
         options = read_options(arguments)
         check_paths(arguments.output, arguments.photo)

@@ -30,7 +30,7 @@ from .weight_conversion_check import (
     set_epsilon,
 )
 from .weight_conversion_files import Checkpoint, open_checkpoint
-from .weight_conversion_geometry import adapt_weights, check_windows, config_of_shapes, folder_config
+from .weight_conversion_geometry import adapt_weights, check_windows, config_of_shapes, folder_config, table_windows
 from .weight_conversion_names import (
     FORMATS,
     count_blocks,
@@ -144,9 +144,13 @@ def convert_to_green_swin(source: Path, photo: Path, options: ConversionOptions 
         changes.insert(0, "patch merging: siblings 00, 01, 10, 11 reordered to Swin's 00, 10, 01, 11")
     dtypes = {tensor.dtype for tensor in source_.tensors.values()}
     if len(dtypes) == 1:
-        model.to(dtype=dtypes.pop())
+        model = _in_type(model, dtypes.pop())
     notes = [f"{note.count} {note.what}" for note in left_out]
     return Conversion(model, checkpoint, source_format, num_tensors, notes, changes, comparisons)
+
+
+def _in_type(model: Any, dtype: torch.dtype) -> GreenSwinPreTrainedModel:
+    return model.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -230,6 +234,8 @@ def _read_source(
             decoder_heads=options.decoder_heads,
             layer_norm_eps=options.layer_norm_eps,
         )
+    if options.image_size is not None and table_windows(tensors, config.num_layers) != config.stage_window_sizes:
+        config.image_size = options.image_size  # what the file says of it cannot be true
     check_windows(tensors, config)
     kinds = (kind for kind, prefix in _HEADS.items() if any(name.startswith(prefix) for name in tensors))
     return _Source(checkpoint, source_format, tensors, config, next(kinds, "encoder"))

@@ -89,6 +89,8 @@ def export_to_swin(model: GreenSwinPreTrainedModel, processor: Mapping[str, Any]
     ViTImageProcessor(**processor).save_pretrained(folder)
     pixels = photo_pixels(photo, as_pair(model.config.image_size), model.config.num_channels)
     ours = _outputs(model, kind, pixels)
+    if model.config.num_channels == 1:
+        left_out = [*left_out, "turning pictures grey, which the stock image processor does not do"]
     return Export(len(tensors), left_out, stock_comparisons(folder, kind, model.config, pixels, ours))
 
 

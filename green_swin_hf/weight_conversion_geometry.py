@@ -12,7 +12,7 @@ from .configuration_green_swin import GreenSwinConfig, as_pair
 from .weight_conversion_files import Checkpoint
 from .weight_conversion_names import count_blocks, count_decoder_blocks
 
-# LayerNorm's epsilon is in no file. GreenMIM's: `paper.md` of the recipes; Swin, SimMIM and timm keep torch's default.
+# LayerNorm's epsilon is in no file. GreenMIM's is that of its pretraining scripts; the others keep torch's default.
 _EPSILON = {"greenmim": 1e-6}
 _PUBLISHED_DECODER = (512, 16)  # width and heads of every published GreenMIM
 _TABLE = "attention.self.relative_position_bias_table"

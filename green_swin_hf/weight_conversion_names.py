@@ -115,7 +115,7 @@ def published_names(source_format: str, depths: tuple[int, ...], decoder_blocks:
     """
     style = _STYLES[source_format]
     modules, fused = _encoder_modules(depths, style)
-    names = {f"{style.prefix}absolute_pos_embed": ("swin.embeddings.position_embeddings",)}
+    names: dict[str, tuple[str, ...]] = {f"{style.prefix}absolute_pos_embed": ("swin.embeddings.position_embeddings",)}
     for theirs, ours in fused.items():
         table = "relative_position_bias_table"
         names[f"{theirs.removesuffix('qkv')}{table}"] = (f"{ours}.{table}",)
