@@ -1,10 +1,10 @@
 """Convert Swin weights into a GreenSwin folder, and back into stock Swin or timm.
 
-    python examples/convert.py swin_tiny.pth outputs/green_swin         # a file of Microsoft, SimMIM, GreenMIM or timm
-    python examples/convert.py path/to/swin_folder outputs/green_swin   # a folder of transformers' Swin
-    python examples/convert.py green_mim.pth outputs/green_swin --legacy-merge-order   # GreenMIM code before 2023
-    python examples/convert.py swin_tiny.pth outputs/window14 --window-size 14 --image-size 448
-    python examples/convert.py outputs/finetune outputs/swin --to swin               # loads without this package
+    python examples/convert.py swin_tiny.pth outputs/from_file          # of Microsoft, SimMIM, GreenMIM or timm
+    python examples/convert.py path/to/swin outputs/from_folder         # of transformers' Swin, or user/name on the Hub
+    python examples/convert.py green_mim.pth outputs/from_greenmim --legacy-merge-order   # its code before 2023
+    python examples/convert.py swin_tiny.pth outputs/window14 --window-size 14 --image-size 448 --drop-head
+    python examples/convert.py outputs/finetune outputs/swin --to swin  # loads without this package
     python examples/convert.py outputs/finetune outputs/timm --to timm
 
 Every tensor must be accounted for, and the outputs on a photograph must agree with those of an independent computation;

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -32,9 +33,12 @@ from transformers import (
 from green_swin_hf import (
     GreenSwinBackbone,
     GreenSwinForImageClassification,
+    GreenSwinForMaskedImageModeling,
     GreenSwinModel,
 )
+from green_swin_hf.modeling_green_swin import position_encoding
 from green_swin_hf.weight_conversion_geometry import resize_table
+from green_swin_hf.weight_conversion_names import published_names, to_published_names
 
 convert = load_script(ROOT / "examples" / "convert.py")
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
@@ -549,6 +553,24 @@ def test_a_name_on_the_hub_is_fetched(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(files, "snapshot_download", offline)
     assert "cannot be fetched from the Hub (ConnectionError)" in refused(capsys, "some/swin", tmp_path / "other")
+
+
+def test_the_commands_of_the_help_text_work_as_written(tmp_path, monkeypatch):
+    torch.save({"model": microsoft_tensors(timm_swin())}, tmp_path / "swin_tiny.pth")
+    SwinModel(stock_config()).save_pretrained(tmp_path / "path" / "to" / "swin")
+    wide = GreenSwinForMaskedImageModeling(tiny_config(decoder_hidden_size=512, decoder_num_attention_heads=16))
+    names = published_names("greenmim", (2, 2, 2), decoder_blocks=1)
+    positions = {"decoder_pos_embed": position_encoding((4, 4), 512, torch.zeros(1))[None]}
+    torch.save({"model": {**to_published_names(wide.state_dict(), names), **positions}}, tmp_path / "green_mim.pth")
+    GreenSwinForImageClassification(tiny_config()).save_pretrained(tmp_path / "outputs" / "finetune")
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^    python examples/convert.py (.*)$", convert.__doc__, flags=re.MULTILINE)
+    assert len(commands) == 6
+    for command in commands:
+        assert run(*shlex.split(command, comments=True)) == 0
+    assert GreenSwinModel.from_pretrained("outputs/window14").config.window_size == 14
+    legacy = load_file("outputs/from_greenmim/model.safetensors")["swin.encoder.layers.0.downsample.reduction.weight"]
+    assert torch.equal(legacy[:, 8:16], wide.swin.encoder.layers[0].downsample.reduction.weight[:, 16:24])
 
 
 def test_the_command_as_a_user_gives_it(tmp_path):
