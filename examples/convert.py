@@ -131,7 +131,10 @@ def report(conversion: Conversion, export: Export | None, names: list[str], argu
         print(f"Left out: {line}")
     for line in conversion.changes:
         print(f"Changed: {line}")
-    for comparison in conversion.comparisons + (export.comparisons if export else []):
+    when = ", before the change" if conversion.changes and not arguments.legacy_merge_order else ""
+    for comparison in conversion.comparisons:
+        print(f"Compared on {arguments.photo.name}{when}: {comparison}")
+    for comparison in export.comparisons if export else []:
         print(f"Compared on {arguments.photo.name}: {comparison}")
     if conversion.source_format == "green-swin" and export is None:
         print("Compared: nothing, no tensor was renamed")
@@ -149,9 +152,11 @@ def next_step(conversion: Conversion, arguments: argparse.Namespace) -> str:
         make = f"model = timm.create_model('local-dir:{arguments.output}')"
         load = f"model.load_state_dict(load_file('{arguments.output}/model.safetensors'))"
         return f'python -c "import timm; from safetensors.torch import load_file; {make}; print({load})"'
+    is_classifier = type(conversion.model).__name__ == "GreenSwinForImageClassification"
+    auto_class = "AutoModelForImageClassification" if is_classifier else "AutoModel"
     if arguments.to == "swin":
-        return f"python -c \"import transformers; transformers.AutoModel.from_pretrained('{arguments.output}')\""
-    if type(conversion.model).__name__ == "GreenSwinForImageClassification":
+        return f"python -c \"import transformers; transformers.{auto_class}.from_pretrained('{arguments.output}')\""
+    if is_classifier:
         return f"python examples/evaluate_model.py --model {arguments.output} --data path/to/images"
     return f"python examples/finetune.py --model {arguments.output} --data path/to/images"
 

@@ -138,7 +138,7 @@ def convert_to_green_swin(source: Path, photo: Path, options: ConversionOptions 
         window_size=options.window_size,
         num_channels=options.num_channels,
     )
-    if changes or config.image_size != source_.config.image_size:
+    if changes:
         model = build_model(source_.kind, config, changed)
     if options.legacy_merge_order:
         changes.insert(0, "patch merging: siblings 00, 01, 10, 11 reordered to Swin's 00, 10, 01, 11")

@@ -73,8 +73,7 @@ def config_of_shapes(
         fields |= label_fields(checkpoint, len(tensors["classifier.weight"]))
     if "decoder.embed.weight" in tensors:
         fields |= _decoder_fields(tensors, checkpoint, decoder_heads)
-    told = told_image_size(checkpoint, windows, patch)
-    size = told or image_size
+    size = told_image_size(checkpoint, windows, patch) or image_size
     if size is None:
         raise ValueError(
             f"{checkpoint.path} does not tell its image size (no buffer or setting does); give the size it was trained "
@@ -219,6 +218,9 @@ def adapt_weights(
     if changes and "decoder.predictor.weight" in tensors:
         adapted.validate_geometry()  # pretraining takes whole mask units only
     result, notes = dict(tensors), []
+    old_size, new_size = as_pair(config.image_size), as_pair(adapted.image_size)
+    if old_size != new_size:
+        notes.append(f"image size: {_listed(old_size)} to {_listed(new_size)}")
     for stage in range(config.num_layers):
         old, new = config.stage_window_sizes[stage], adapted.stage_window_sizes[stage]
         if old == new:
