@@ -313,13 +313,13 @@ def check_tracker(name: str) -> None:
         raise ValueError(f"--report-to {name} needs the package {name}; install it: pip install {name}")
 
 
-def check_output_folder(folder: Path) -> None:
-    """Raise a `ValueError` unless the folder can be made or written to. Makes nothing."""
+def check_output_folder(folder: Path, flag: str = "--output-dir") -> None:
+    """Raise a `ValueError` that names the flag unless the folder can be made or written to. Makes nothing."""
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not existing.is_dir():
-        raise ValueError(f"output folder {folder} cannot be made: {existing} is a file; give another --output-dir")
+        raise ValueError(f"output folder {folder} cannot be made: {existing} is a file; give another {flag}")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"output folder {folder} cannot be written: no permission in {existing}; change --output-dir")
+        raise ValueError(f"output folder {folder} cannot be written: no permission in {existing}; change {flag}")
 
 
 def unused_folder(folder: Path) -> Path:
