@@ -24,7 +24,8 @@ from transformers.utils import logging as transformers_logging
 import green_swin_hf  # noqa: F401 (registers the models)
 from green_swin_hf.checkpointing import new_folder
 from green_swin_hf.configuration_green_swin import as_pair
-from green_swin_hf.training import OneLineParser, _quiet_transformers, check_output_folder, one_line_errors
+from green_swin_hf.pretrained_start import quiet_transformers
+from green_swin_hf.training import OneLineParser, check_output_folder, one_line_errors
 from green_swin_hf.weight_conversion import Conversion, ConversionOptions, convert_to_green_swin
 from green_swin_hf.weight_conversion_export import Export, export_to_swin, export_to_timm
 from green_swin_hf.weight_conversion_files import fetch_source
@@ -163,7 +164,7 @@ def next_step(conversion: Conversion, arguments: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
-    with one_line_errors("convert.py"), _quiet_transformers():  # what is left out is said here
+    with one_line_errors("convert.py"), quiet_transformers():  # what is left out is said here
         arguments = build_parser().parse_args(argv)
         options = read_options(arguments)
         check_paths(arguments.output, arguments.photo)
