@@ -10,7 +10,7 @@ import pytest
 import torch
 from evidence_study.arms import ARMS
 from evidence_study.cells import Cells
-from evidence_study.finetuning import FlatCurve, build_classifier
+from evidence_study.finetuning import FlatCurve, build_classifier, updates_between_looks
 from evidence_study.placed import Placement, place_garments, prepare_photo, silhouettes
 from evidence_study.pretraining import build_masked_model, masks_for, swin_config
 from evidence_study.recipe import EvidenceRecipe
@@ -320,6 +320,11 @@ def test_a_better_value_after_a_wait_counts_anew():
 
 
 # Cells and figures
+
+
+def test_a_look_comes_at_least_four_times_in_a_pass_over_many_labels(quick_recipe):
+    recipe = quick_recipe.replace(evaluate_every=100)
+    assert [updates_between_looks(recipe, updates) for updates in (18, 400, 1844)] == [100, 100, 461]
 
 
 def test_of_several_learning_rates_the_one_best_on_validation_counts(tmp_path):

@@ -23,6 +23,7 @@ from .tasks import Split, Task, shuffled
 _HEAD, _ORDER, _IMAGES, _DROP_PATH = 11, 12, 13, 14
 WARMUP_STEPS = 50
 LOWER = 0.1
+LOOKS_IN_A_PASS = 4
 EVALUATION_BATCH = 250
 
 
@@ -96,7 +97,9 @@ def finetune(
     peaks = [group["lr"] for group in optimizer.param_groups]
     rule, curve, stopwatch = FlatCurve(recipe.patience), [], Stopwatch()
     best_step, kept = 0, {}
-    batches = _batches(task, labelled, min(recipe.finetune_batch_size, len(labelled)), seed, device)
+    batch_size = min(recipe.finetune_batch_size, len(labelled))
+    every = updates_between_looks(recipe, len(labelled) // batch_size)
+    batches = _batches(task, labelled, batch_size, seed, device)
     bar = tqdm(total=recipe.max_steps, desc=title, mininterval=1, leave=False)
     with torch.random.fork_rng():
         torch.manual_seed(seeded_generator(seed, _DROP_PATH).initial_seed())
@@ -106,7 +109,7 @@ def finetune(
                 group["lr"] = peak * factor
             _update(model, optimizer, *next(batches))
             bar.update()
-            if step % recipe.evaluate_every and step < recipe.max_steps:
+            if step % every and step < recipe.max_steps:
                 continue
             curve.append(accuracy(model, task, task.validation, device))
             bar.set_postfix(validation=f"{curve[-1]:.3f}", refresh=False)
@@ -128,6 +131,14 @@ def finetune(
         "curve": [round(value, 4) for value in curve],
         **stopwatch.read(),
     }
+
+
+def updates_between_looks(recipe: EvidenceRecipe, updates_of_a_pass: int) -> int:
+    """`evaluate_every`, or as many as make `LOOKS_IN_A_PASS` where there are more labels.
+
+    So a curve has some passes over the labels to rise again before it counts as flat, however many they are.
+    """
+    return max(recipe.evaluate_every, updates_of_a_pass // LOOKS_IN_A_PASS)
 
 
 def _batches(

@@ -69,9 +69,11 @@ class EvidenceRecipe(RecipeFile):
     finetune_learning_rates: tuple[float, ...] = option((3e-4, 1e-3, 3e-3), "tried for each arm and budget")
     layer_decay: float = option(1.0, "factor of the learning rate from a block to the one before; not for scratch")
     drop_path_rate: float = option(0.1, "stochastic depth of the last block in fine-tuning")
-    evaluate_every: int = option(100, "updates between two looks at the validation images")
-    patience: int = option(5, "looks without a better validation accuracy until the learning rate falls, or the end")
-    max_steps: int = option(20000, "updates at most; an end by this is told")
+    evaluate_every: int = option(
+        100, "updates between two looks at the validation images, at least; four a pass at most"
+    )
+    patience: int = option(20, "looks without a better validation accuracy until the learning rate falls, or the end")
+    max_steps: int = option(60000, "updates at most; an end by this is told")
     # What is run
     arms: tuple[str, ...] = option(("scratch", "green", "dense"), f"which of {', '.join(ARMS)}")
     seeds: tuple[int, ...] = option((0, 1, 2), "of weights, masks, and labelled subsets; a cell for each")
