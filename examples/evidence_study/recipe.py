@@ -70,7 +70,7 @@ class EvidenceRecipe(RecipeFile):
     layer_decay: float = option(1.0, "factor of the learning rate from a block to the one before; not for scratch")
     drop_path_rate: float = option(0.1, "stochastic depth of the last block in fine-tuning")
     evaluate_every: int = option(
-        100, "updates between two looks at the validation images, at least; four a pass at most"
+        100, "updates between two looks at the validation images; more where a quarter pass is"
     )
     patience: int = option(20, "looks without a better validation accuracy until the learning rate falls, or the end")
     max_steps: int = option(60000, "updates at most; an end by this is told")
