@@ -41,6 +41,7 @@ if is_torchvision_available():
         return {"torchvision": GreenSwinImageProcessor, "pil": GreenSwinImageProcessorPil}
 
 else:
+    GreenSwinImageProcessor = GreenSwinImageProcessorPil  # type: ignore[assignment, misc] # the name in saved folders
 
     def image_processors() -> dict[str, type]:
         """Classes by backend, for `AutoImageProcessor.register`."""
