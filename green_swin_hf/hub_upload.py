@@ -12,9 +12,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import logging
 
 _TIMEOUT_SECONDS = 10
-_CREDENTIALS = (r"hf_\w{6,}", r"(?<=Bearer )\S+", r"(?<=://)[^/@\s]+(?=@)")
+# Tokens, passwords of addresses, and what signs an address of a large file.
+_CREDENTIALS = (r"hf_\w{6,}", r"(?<=Bearer )\S+", r"(?<=://)[^/@\s]+(?=@)", r"(?<=\?)[^\s'\">]+=[^\s'\">]+")
 
 
 def add_hub_flags(parser: argparse._ActionsContainer) -> None:
@@ -97,10 +99,14 @@ def upload_files(repo_id: str, files: Mapping[str, Path | bytes], message: str) 
         OSError: the upload failed; the repository is as it was. The message holds no credentials.
     """
     operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a warning of each new attempt would show the signed address
     try:
         commit: Any = HfApi().create_commit(repo_id, operations, commit_message=message)
     except Exception as error:  # the network's and the Hub's
         raise OSError(one_line(error)) from None
+    finally:
+        logging.set_verbosity(verbosity)
     return str(commit.commit_url)
 
 
@@ -110,7 +116,7 @@ def one_line(error: Exception) -> str:
 
 
 def redacted(text: str) -> str:
-    """The text with every token and password of an address as `***`."""
+    """The text with every token, password and signature of an address as `***`."""
     token = get_token()
     for pattern in (*([re.escape(token)] if token else []), *_CREDENTIALS):
         text = re.sub(pattern, "***", text)

@@ -194,7 +194,7 @@ def publish_results(program: str, folder: Path, repo_id: str) -> bool:
         print(f"Uploaded to {publish(folder, repo_id)}")
     except (ValueError, OSError) as error:
         again = f"python -m green_swin_hf.publish {folder} --repo-id {repo_id}"
-        print(f"{program}: the upload to {repo_id} failed: {error}; send it later: {again}", file=sys.stderr)
+        print(f"\n{program}: the upload to {repo_id} failed: {error}; send it later: {again}", file=sys.stderr)
         return False
     return True
 
@@ -213,7 +213,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         address = upload_files(repo_id, files, f"Add {result.kind} model")
     except OSError as error:
-        print(f"publish: the upload failed: {error}; {repo_id} is as it was, repeat the command", file=sys.stderr)
+        # the line of a progress bar may be open
+        print(f"\npublish: the upload failed: {error}; {repo_id} is as it was, repeat the command", file=sys.stderr)
         return 1
     print(f"Uploaded to {address}")
     return 0

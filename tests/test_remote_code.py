@@ -46,12 +46,17 @@ sys.path[:0] = {path!r}
 """
 
 
-def run_without(code: str, blocked: set[str], cwd: Path) -> str:
+def run_without(code: str, blocked: set[str], cwd: Path, offline: bool = True) -> str:
     """Output of `code` in another interpreter, in which these packages cannot be imported."""
     # a package laid over the environment (an older transformers) must be found there as well
     path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     source = PRELUDE.format(blocked=blocked, path=path) + code
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": str(int(offline)),
+        "HF_HOME": str(cwd / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-I", "-c", source], capture_output=True, text=True, cwd=cwd, env=environment, timeout=300
     )
