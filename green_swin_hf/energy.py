@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
 import logging
+import os
 from typing import Any
 
 NO_COUNTRY = "none"  # energy alone: what it emits depends on where the electricity comes from
+
+
+def add_energy_flag(parser: argparse._ActionsContainer) -> None:
+    """`--track-energy [COUNTRY]`; None where it is not given."""
+    parser.add_argument(
+        "--track-energy",
+        nargs="?",
+        const=NO_COUNTRY,
+        metavar="COUNTRY",
+        help="estimate the energy with codecarbon; with a country (three letters such as DEU) also what it emits",
+    )
 
 
 class EnergyMeter:
@@ -46,8 +59,13 @@ class EnergyMeter:
         return {**estimate, "co2_eq_grams": 1000 * found.emissions, "country": self.country}
 
 
-def check_energy(country: str) -> None:
-    """Raise a `ValueError` unless energy can be estimated, with the electricity of a country (or `NO_COUNTRY`)."""
+def check_energy(country: str | None) -> None:
+    """Raise a `ValueError` unless energy, where asked for, can be estimated with the electricity of a country."""
+    if country is None:
+        return
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != os.environ.get("LOCAL_WORLD_SIZE", processes):
+        raise ValueError("--track-energy sees one machine, and this run has more; leave it out")
     if importlib.util.find_spec("codecarbon") is None:
         raise ValueError("--track-energy needs the package codecarbon; install it: pip install codecarbon")
     logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
@@ -60,4 +78,4 @@ def check_energy(country: str) -> None:
         )
 
 
-__all__ = ["NO_COUNTRY", "EnergyMeter", "check_energy"]
+__all__ = ["NO_COUNTRY", "EnergyMeter", "add_energy_flag", "check_energy"]

@@ -92,8 +92,7 @@ def card_values(facts: CardFacts) -> dict[str, Any]:
         "has_processor": "preprocessor_config.json" in facts.files,
         "classes": facts.classes,
         "recipe": yaml.safe_dump(facts.recipe, sort_keys=False, default_flow_style=None) if facts.recipe else None,
-        "has_record": bool(record),
-        "is_conversion": record.get("kind") == "conversion",
+        "is_from_random": _is_from_random(record) and not base_model,
         "parameters": record.get("model", {}).get("parameters"),
         "data": record.get("data"),
         "start": record.get("start_from"),
@@ -136,6 +135,12 @@ def _origin(facts: CardFacts) -> tuple[str | None, str | None]:
     start = facts.record.get("start_from", {})
     licence = facts.license or facts.record.get("license") or start.get("license")
     return licence, facts.base_model or start.get("base_model")
+
+
+def _is_from_random(record: dict[str, Any]) -> bool:
+    """Whether the record says that a run trained the weights from random ones: each of its starts is in it."""
+    starts = record.get("starts", [])
+    return bool(starts) and all(starts) and "start_from" not in record and record["kind"] != "conversion"
 
 
 def _emissions(record: dict[str, Any]) -> dict[str, Any] | None:

@@ -22,12 +22,14 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from huggingface_hub import ModelCard
 
 from .energy import EnergyMeter
@@ -37,53 +39,62 @@ _PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "datasets")
 
 
 class RunRecord:
-    """The record of a run that is under way; a process that leaves no results gives no folder and writes nothing.
+    """The record of a run that is under way, from the start of its work on. Only the main process writes.
 
     Args:
-        folder: output folder of the run; None writes nothing.
+        folder: output folder of the run, which exists.
         kind, script: see the module.
         is_resumed: whether the run goes on; it keeps what its earlier starts recorded.
-        how: device, precision, processes and threads of this start.
-        energy: stopped with the record.
+        device, precision: of this start.
+        track_energy: country of `EnergyMeter`; None estimates nothing.
+
+    Raises:
+        ValueError: the record of the earlier starts cannot be read.
     """
 
     def __init__(
         self,
-        folder: Path | None,
+        folder: Path,
         kind: str,
         script: str,
         *,
         is_resumed: bool,
-        how: dict[str, Any],
-        energy: EnergyMeter | None = None,
+        device: torch.device,
+        precision: str,
+        track_energy: str | None = None,
     ):
-        self._path = folder / RECORD_FILE if folder else None
-        self._began, self._energy = time.monotonic(), energy
-        if self._path is None:
-            return
+        state = PartialState()
+        self.folder, self._writes = folder, state.is_main_process
+        self._began = time.monotonic()
         self.content: dict[str, Any] = {"kind": kind, "script": script, "starts": []}
         if is_resumed:
-            self.content = read_record(self._path.parent) or {**self.content, "starts": [{}]}
-        started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        this = {"started": started, **how, "machine": describe_machine(), "versions": package_versions()}
-        self.content["starts"].append(this)
-        self._write()
+            self.content = read_record(folder) or {**self.content, "starts": [{}]}
+        self._start: dict[str, Any] = {
+            "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "device": str(device),
+            "precision": {"no": "fp32"}.get(precision, precision),
+            "processes": state.num_processes,
+            "threads": torch.get_num_threads(),
+            "machine": describe_machine(),
+            "versions": package_versions(),
+        }
+        self.content["starts"].append(self._start)
+        self._energy = EnergyMeter(track_energy) if track_energy and self._writes else None
+        self.note()
+
+    def note(self, **facts: Any) -> None:
+        """Write entries of the record; what is None is left out, and stays what it was."""
+        self.content.update({name: _without_none(value) for name, value in facts.items() if value is not None})
+        if self._writes:
+            write_record(self.folder, self.content)
 
     def stop(self, **facts: Any) -> None:
-        """Note the time and energy of this start, and what else is known; entries of None are left out."""
+        """Note the time and energy of this start, and what else is known at its end."""
         energy, self._energy = self._energy.stop() if self._energy else {}, None
-        if self._path is None:
-            return
-        entry = self.content["starts"][-1]
-        entry["seconds"] = round(time.monotonic() - self._began, 1)
+        self._start["seconds"] = round(time.monotonic() - self._began, 1)
         if energy:
-            entry["energy"] = energy
-        self.content.update({name: _without_none(value) for name, value in facts.items() if value is not None})
-        self._write()
-
-    def _write(self) -> None:
-        assert self._path is not None
-        write_record(self._path.parent, self.content)
+            self._start["energy"] = energy
+        self.note(**facts)
 
 
 def write_record(folder: Path, content: dict[str, Any]) -> None:
@@ -163,7 +174,7 @@ def _card_entries(folder: Path) -> dict[str, Any]:
 
 
 def _public_name(name: str) -> dict[str, Any]:
-    on_hub = not os.path.exists(name)
+    on_hub = not os.path.exists(name) and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None
     return {"name": name if on_hub else Path(name).resolve().name, "on_hub": on_hub}
 
 

@@ -96,6 +96,12 @@ def test_what_was_not_recorded_is_absent(result, kind):
     assert "was not recorded" in card.text
 
 
+def test_an_earlier_start_without_a_record_leaves_the_origin_open(result):
+    card = card_of(result("pretrained", run_record("pretrained", starts=[{}, run_record("x")["starts"][0]])))
+    assert "random" not in card.text
+    assert "Where the weights come from was not recorded" in card.text
+
+
 PARTLY = {
     "no metric": ({"metrics": []}, "## Results", "## Data"),
     "no data": ({"data": {}}, "## Data", "## Results"),
@@ -131,10 +137,10 @@ STOCK = {"name": "microsoft/swin-x", "on_hub": True, "base_model": "microsoft/sw
 ORIGINS = {
     "random": ({}, {}, (None, None), "trained from random values"),
     "random, licence given": ({}, {"license": "mit"}, ("mit", None), "Licence of the weights: mit"),
-    "stock Swin": ({"start_from": STOCK}, {}, (None, "microsoft/swin-x"), "that of the weights they derive from holds"),
+    "stock Swin": ({"start_from": STOCK}, {}, (None, "microsoft/swin-x"), "that of what they derive from holds"),
     "with its licence": ({"start_from": {**STOCK, "license": "mit"}}, {}, ("mit", "microsoft/swin-x"), "weights: mit"),
     "own run": ({"start_from": {"name": "run", "on_hub": False, "is_own": True}}, {}, (None, None), "`run`, which was"),
-    "a folder": ({"start_from": {"name": "run", "on_hub": False}}, {}, (None, None), "they derive from holds"),
+    "a folder": ({"start_from": {"name": "run", "on_hub": False}}, {}, (None, None), "what they derive from holds"),
     "conversion": (
         {"kind": "conversion", "license": "cc-by-nc-4.0", "start_from": {"name": "x.pth", "on_hub": False}},
         {},
