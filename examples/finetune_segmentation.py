@@ -37,12 +37,16 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 from green_swin_hf import GreenSwinBackbone
-from green_swin_hf.checkpointing import load_weights, replace_files
+from green_swin_hf.checkpointing import listed, load_weights, replace_files
 from green_swin_hf.data import seeded_generator
 from green_swin_hf.drawn_shapes import load_photographs
+from green_swin_hf.energy import add_energy_flag, check_energy
 from green_swin_hf.host_memory import keep_freed_memory
+from green_swin_hf.hub_upload import add_hub_flags, open_hub
 from green_swin_hf.optimization import build_optimizer, native_bf16
+from green_swin_hf.publish import publish_results
 from green_swin_hf.recipe_files import add_recipe_flags, flag_overrides, load_recipe, save_recipe
+from green_swin_hf.run_record import RECORD_FILE, RunRecord, describe_data, describe_start, measured, metric
 from green_swin_hf.segmentation import (
     PixelCounter,
     SegmentationTrainer,
@@ -100,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         processor = build_processor(recipe)
         data = build_datasets(recipe, splits, processor, len(class_names))
         pixels = check_data(data)
+        hub_id = open_hub(arguments, output)
 
     # From here on files are written.
     counter, progress = PixelCounter(), Progress()
@@ -122,6 +127,12 @@ def main(argv: list[str] | None = None) -> int:
         output.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, output / "recipe.yaml")
         print_heading(recipe, model, data, class_names, output, trainer_options, checkpoint)
+    with one_line_errors("finetune_segmentation.py"):
+        record = RunRecord(
+            output, "segmentation", "finetune_segmentation.py", is_resumed=checkpoint is not None,
+            device=trainer_options.device, precision=precision_of(trainer_options), track_energy=arguments.track_energy,
+        )  # fmt: skip
+        record.note(start_from=describe_start(recipe.init_from))
 
     # Train; at the end the weights of the best evaluation are put back
     try:
@@ -131,6 +142,7 @@ def main(argv: list[str] | None = None) -> int:
             trainer.train(resume_from_checkpoint=str(checkpoint))
     except (ValueError, OSError) as error:  # a bad mask, a full disk
         progress.on_train_end()
+        record.stop()
         return stopped(error, output, is_main)
 
     # Measure and leave the results
@@ -138,9 +150,11 @@ def main(argv: list[str] | None = None) -> int:
     metrics = measure(trainer, counter, data, class_names, baselines)
     if is_main:
         names = save_results(output, trainer, processor, data, metrics, class_names)
+        record.stop(**recorded_facts(recipe, trainer, data, metrics, class_names))
         print_results(output, names, metrics, class_names, time.monotonic() - started, recipe)
+    uploaded = not hub_id or not is_main or publish_results("finetune_segmentation.py", output, hub_id)
     trainer.accelerator.end_training()
-    return 0
+    return 0 if uploaded else 1
 
 
 # Settings
@@ -153,8 +167,12 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
     trackers = ("none", "tensorboard", "trackio", "wandb")
     parser.add_argument("--report-to", default="none", choices=trackers, help="also log there (default: none)")
+    add_hub_flags(parser)
+    add_energy_flag(parser)
     add_recipe_flags(parser.add_argument_group("keys of the recipe"), SegmentationRecipe)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    check_energy(arguments.track_energy)
+    return arguments
 
 
 def find_run(arguments: Namespace) -> tuple[Path, Path | None]:
@@ -260,6 +278,10 @@ def training_arguments(recipe: SegmentationRecipe, output: Path, report_to: str)
         report_to=report_to,
         disable_tqdm=True,
     )
+
+
+def precision_of(options: TrainingArguments) -> str:
+    return "bf16" if options.bf16 else "fp16" if options.fp16 else "fp32"
 
 
 # Data
@@ -494,7 +516,40 @@ def save_results(
         save_figure(segmentation_curve(trainer.state.log_history, baseline=baseline), folder / "curve.png")
         save_figure(prediction_figure(triples, class_names), folder / "predictions.png")
 
-    return sorted([*replace_files(output, write), "recipe.yaml"])
+    return sorted([*replace_files(output, write), "recipe.yaml", RECORD_FILE])
+
+
+def recorded_facts(
+    recipe: SegmentationRecipe,
+    trainer: SegmentationTrainer,
+    data: dict[str, SegmentationDataset],
+    metrics: dict[str, Any],
+    class_names: tuple[str, ...],
+) -> dict[str, Any]:
+    """What a model card says of this run."""
+    images_per_update = recipe.batch_size * recipe.gradient_accumulation_steps * trainer.args.world_size
+    updates, model = trainer.state.global_step, trainer.accelerator.unwrap_model(trainer.model)
+    counts: dict[str, Any] = {f"{name}_images": len(dataset) for name, dataset in data.items()}
+    counts["classes"] = len(class_names)
+    drawn = {"name": "shapes drawn on photographs", "on_hub": False, **counts}
+    found = []
+    for split, scores in ((name, metrics[name]) for name in ("validation", "test") if name in metrics):
+        simple = {**scores["commonest_class"], "name": "the commonest class everywhere"}
+        for kind, title in (("mean_iou", "Mean IoU"), ("pixel_accuracy", "Pixel accuracy")):
+            baseline = {"baseline": simple[kind], "baseline_name": simple["name"]}
+            found.append(metric(title, kind, scores[kind], split, scores["images"], **baseline))
+    return {
+        "data": describe_data(recipe.data, **counts) if recipe.data else drawn,
+        "model": {"parameters": sum(parameter.numel() for parameter in model.parameters())},
+        "training": {
+            "updates": updates,
+            "epochs": updates * images_per_update / len(data["train"]),
+            "images_per_update": images_per_update,
+            "learning_rate": recipe.learning_rate,
+            "best_update": metrics["best_update"],
+        },
+        "metrics": measured(found),
+    }
 
 
 @torch.no_grad()
@@ -523,7 +578,6 @@ def print_heading(
     millions = [sum(value.numel() for value in part.parameters()) / 1e6 for part in (model, model.backbone)]
     counts = ", ".join(f"{len(dataset):,} {name}" for name, dataset in data.items())
     images = recipe.batch_size * recipe.gradient_accumulation_steps * options.world_size
-    precision = "bf16" if options.bf16 else "fp16" if options.fp16 else "fp32"
     start = f"from {recipe.init_from}" if recipe.init_from else "from scratch"
     lines = {
         "data": f"{recipe.data or 'drawn shapes'}: {counts} images, {len(class_names)} classes",
@@ -531,7 +585,8 @@ def print_heading(
         + (f"with {recipe.short_side} px on the shorter side" if recipe.short_side else "at their own size"),
         "model": f"UperNet, {millions[0]:.1f} M parameters, {millions[1]:.1f} M of them the backbone {start}: "
         f"blocks {'-'.join(map(str, backbone.depths))}, width {backbone.embed_dim}, window {backbone.window_size}",
-        "device": f"{options.device}, {precision}, {options.world_size} process{'es' * (options.world_size > 1)}",
+        "device": f"{options.device}, {precision_of(options)}, {options.world_size} "
+        f"process{'es' * (options.world_size > 1)}",
         "updates": f"{recipe.max_steps:,} of {images} images; learning rate {recipe.learning_rate:.1e}",
         "output": str(output),
     }
@@ -566,7 +621,7 @@ def print_results(
     last = "test" if "test" in metrics else "validation"
     by_class = [f"{name} {iou:.3f}" for name, iou in metrics[last]["class_iou"].items() if iou is not None]
     print(f"  IoU of classes ({last}): {', '.join(by_class[:20])}{', …' if len(by_class) > 20 else ''}")
-    print(f"Wrote to {output}: {', '.join(names)}")
+    print(f"Wrote to {output}: {listed(names)}")
     image = Path(recipe.photographs or ".") / "coffee.png" if recipe.data is None else "IMAGE"
     print("Next, for example, the classes that it finds in an image:")
     print(

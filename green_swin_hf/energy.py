@@ -41,7 +41,7 @@ class EnergyMeter:
         self.country = None if country == NO_COUNTRY else country.upper()
         # It stops on errors of its own without a word: a run does not end because its energy cannot be estimated.
         self._tracker: Any = OfflineEmissionsTracker(
-            country_iso_code=self.country or "USA", save_to_file=False, log_level="critical", allow_multiple_runs=True
+            country_iso_code=self.country or "USA", output_methods=[], log_level="critical", allow_multiple_runs=True
         )
         self._tracker.start()
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -128,7 +129,7 @@ def metric(name: str, kind: str, value: float | None, split: str, images: int, *
     Args:
         name: as a reader calls it, "Top-1 accuracy".
         kind: identifier of the metric, "accuracy".
-        value: None where it was not measured; `measured` leaves it out.
+        value: None or not finite where nothing was measured; `measured` leaves it out.
         split: of the data that it was measured on, "test".
         images: how many.
         more: `standard_error`; `baseline` and `baseline_name`, what something simpler scores on the same.
@@ -139,7 +140,7 @@ def metric(name: str, kind: str, value: float | None, split: str, images: int, *
 
 def measured(metrics: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The entries that have a value."""
-    return [entry for entry in metrics if entry["value"] is not None]
+    return [entry for entry in metrics if entry["value"] is not None and math.isfinite(entry["value"])]
 
 
 def describe_data(name: str, **facts: Any) -> dict[str, Any]:
