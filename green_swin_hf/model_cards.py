@@ -113,7 +113,7 @@ def card_data(facts: CardFacts) -> ModelCardData:
     """The metadata; what is not known has no entry."""
     licence, base_model = _origin(facts)
     data = facts.record.get("data", {})
-    entries = {
+    entries: dict[str, Any] = {
         "license": licence,
         "base_model": base_model,
         "datasets": [data["name"]] if data.get("on_hub") else None,
