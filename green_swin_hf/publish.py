@@ -205,11 +205,12 @@ def main(argv: list[str] | None = None) -> int:
         result = find_result(arguments.folder)
         given = {"license": arguments.license, "base_model": arguments.base_model}
         files = collect_files(result, arguments.repo_id, **given)
-        print_files(result, files, arguments)
         if arguments.dry_run:
+            print_files(result, files, arguments.repo_id, arguments)
             return 0
         repo_id = prepare_upload(arguments.repo_id, private=not arguments.public)
         files = collect_files(result, repo_id, **given)
+    print_files(result, files, repo_id, arguments)
     try:
         address = upload_files(repo_id, files, f"Add {result.kind} model")
     except OSError as error:
@@ -231,12 +232,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def print_files(result: Result, files: Mapping[str, Path | bytes], arguments: argparse.Namespace) -> None:
+def print_files(result: Result, files: Mapping[str, Path | bytes], repo_id: str, arguments: argparse.Namespace) -> None:
     """What is uploaded, with sizes; in a dry run also where the card can be read."""
     sizes = {name: len(item) if isinstance(item, bytes) else item.stat().st_size for name, item in files.items()}
     visibility = "public" if arguments.public else "private"
     verb = "Would upload" if arguments.dry_run else "Uploading"
-    print(f"{verb} {result.folder} ({result.kind}) to {arguments.repo_id}, {visibility} if it is new:")
+    print(f"{verb} {result.folder} ({result.kind}) to {repo_id}, {visibility} if it is new:")
     for name in sorted(sizes):
         print(f"  {sizes[name]:>12,}  {name}")
     print(f"  {sum(sizes.values()):>12,}  bytes in {len(sizes)} files, in one commit")

@@ -90,11 +90,13 @@ class RunRecord:
             write_record(self.folder, self.content)
 
     def stop(self, **facts: Any) -> None:
-        """Note the time and energy of this start, and what else is known at its end."""
+        """Note the time and energy of this start (and say the latter), and what else is known at its end."""
         energy, self._energy = self._energy.stop() if self._energy else {}, None
         self._start["seconds"] = round(time.monotonic() - self._began, 1)
         if energy:
             self._start["energy"] = energy
+            grams = f", {energy['co2_eq_grams']:.3g} g of CO2 equivalent" if "co2_eq_grams" in energy else ""
+            print(f"Energy: about {energy['kwh']:.3g} kWh{grams} ({energy['source']})")
         self.note(**facts)
 
 
