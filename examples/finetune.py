@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import sys
 import time
 from argparse import Namespace
@@ -23,14 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import evaluate
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env, set_seed
-from tqdm.auto import tqdm
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from accelerate.utils import set_seed
+from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from green_swin_hf.augmentation import FinetuningImages, MixingCollator
@@ -43,26 +40,31 @@ from green_swin_hf.finetuning import (
     build_processor,
     build_transforms,
     complete_recipe,
-    count_processes,
-    is_whole,
-    load_classifier,
-    newest_trainer_checkpoint,
     split_off,
 )
 from green_swin_hf.finetuning_recipe import FinetuningRecipe
 from green_swin_hf.hub_upload import add_hub_flags, open_hub
 from green_swin_hf.labelled_images import LabelledDataset, LabelledImages, label_budget, load_labelled_images
-from green_swin_hf.optimization import build_optimizer, cosine_schedule, native_bf16, scaled_learning_rate
+from green_swin_hf.optimization import build_optimizer, cosine_schedule, scaled_learning_rate
+from green_swin_hf.pretrained_start import load_for_finetuning
 from green_swin_hf.publish import publish_results
-from green_swin_hf.recipe_files import add_recipe_flags, flag_overrides, load_recipe, save_recipe
+from green_swin_hf.recipe_files import load_recipe, save_recipe
 from green_swin_hf.run_record import RECORD_FILE, RunRecord, describe_data, describe_start, measured, metric
+from green_swin_hf.run_setup import (
+    RECIPE_FILE,
+    find_run,
+    how_to_go_on,
+    process_state,
+    read_recipe,
+    refuse_changes,
+    run_parser,
+    set_up_process,
+)
+from green_swin_hf.trainer_runs import TRAINER_FORMAT, TrainerProgress, count_processes, train
 from green_swin_hf.training import (
-    OneLineParser,
-    check_output_folder,
     check_tracker,
     count_updates,
     one_line_errors,
-    unused_folder,
 )
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -88,19 +90,20 @@ def main(argv: list[str] | None = None) -> int:
     # All that can be wrong with the input shows in this block, before anything is written.
     with one_line_errors("finetune.py"):
         arguments = parse_arguments(argv)
-        output, checkpoint = find_run(arguments)
-        recipe = read_recipe(arguments, output, checkpoint)
-        state = start_process(recipe, arguments)
+        output, checkpoint = find_run(arguments.output_dir, arguments.resume, DEFAULT_OUTPUT, TRAINER_FORMAT)
+        recipe = open_recipe(arguments, output, checkpoint)
+        precision, state = set_up_process(recipe.precision, recipe.threads), process_state()
+        transformers_logging.set_verbosity_error()
 
         # Data, then the model, which says what the recipe leaves open: size, channels and statistics of images
         splits = open_data(recipe)
         names = splits.train.class_names
         set_seed(recipe.seed)
-        model: Any = resumed_model(checkpoint, names) if checkpoint else build_classifier(recipe, names)
+        model: Any = load_for_finetuning(str(checkpoint), names) if checkpoint else build_classifier(recipe, names)
         recipe = complete_recipe(recipe, model.config)
         training, unchanged = build_transforms(recipe)
         cache = recipe.cache_megabytes * 2**20
-        train = FinetuningImages(splits.train, training, seed=recipe.seed, cache_bytes=cache)
+        training_images = FinetuningImages(splits.train, training, seed=recipe.seed, cache_bytes=cache)
         validation, test = (
             LabelledDataset(part, unchanged, cache_bytes=cache) if part else None
             for part in (splits.validation, splits.test)
@@ -110,9 +113,11 @@ def main(argv: list[str] | None = None) -> int:
         )
 
         # Optimizer and schedule
-        updates_per_epoch = updates_of_an_epoch(recipe, len(train), state.num_processes)
+        updates_per_epoch = updates_of_an_epoch(recipe, len(training_images), state.num_processes)
         total_updates = recipe.max_steps or max(1, math.ceil(recipe.epochs * updates_per_epoch))
-        settings = training_arguments(recipe, arguments, output, updates_per_epoch, total_updates, bool(validation))
+        settings = training_arguments(
+            recipe, precision, arguments, output, updates_per_epoch, total_updates, bool(validation)
+        )
         images_per_update = recipe.batch_size * recipe.gradient_accumulation_steps * state.num_processes
         peak = scaled_learning_rate(recipe.learning_rate, images_per_update * 256 / recipe.base_batch_size)
         optimizer = build_optimizer(
@@ -128,32 +133,32 @@ def main(argv: list[str] | None = None) -> int:
         metric = load_metric(state)
 
     # Train. From here on files are written.
-    report = RunReport(arguments.stop_after and arguments.stop_after * updates_per_epoch, state.is_main_process)
+    stop_after = arguments.stop_after and arguments.stop_after * updates_per_epoch
     trainer = ClassificationTrainer(
         model,
         settings,
         data_collator=collator,
-        train_dataset=train,
+        train_dataset=training_images,
         eval_dataset=validation,
         compute_metrics=metric,
         optimizers=(optimizer, scheduler),
-        callbacks=[report],
     )
-    trainer.remove_callback(PrinterCallback)
+    progress = TrainerProgress(describe_evaluation, stop_after)
+    progress.attach(trainer)
     if state.is_main_process:
         save_recipe(recipe, output / "recipe.yaml")
     with one_line_errors("finetune.py"):
         record = RunRecord(
             output, "classification", "finetune.py", is_resumed=checkpoint is not None, device=settings.device,
-            precision=precision_of(settings), track_energy=arguments.track_energy,
+            precision=precision, track_energy=arguments.track_energy,
         )  # fmt: skip
         record.note(start_from=describe_start(None if recipe.from_scratch else recipe.model))
     print_heading(state, recipe, model, splits, settings, total_updates, peak, warmup, output, checkpoint)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        train(trainer, checkpoint, progress)
         if trainer.state.global_step < total_updates:
             record.stop()
-            return stopped_early(state, trainer, output)
+            return stopped_early(state, trainer, output, progress.stop_reason)
 
         # Measure the model that was kept, and leave the results
         measured = {"validation": measure(trainer, validation), "test": measure(trainer, test)}
@@ -172,117 +177,34 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
-    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--recipe", type=Path, help=f"YAML file (default: {DEFAULT_RECIPE.name}); flags go on top")
-    parser.add_argument("--output-dir", type=Path, help=f"new folder for all results (default: {DEFAULT_OUTPUT}, …-2)")
-    parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
-    parser.add_argument("--stop-after", type=int, metavar="EPOCHS", help="stop after so many epochs, to go on later")
-    trackers = ("none", "tensorboard", "trackio", "wandb")
-    parser.add_argument("--report-to", default="none", choices=trackers, help="also log there (default: none)")
+    parser = run_parser(__doc__, FinetuningRecipe, DEFAULT_RECIPE, DEFAULT_OUTPUT, stop_unit="epochs")
     add_hub_flags(parser)
     add_energy_flag(parser)
-    add_recipe_flags(parser.add_argument_group("keys of the recipe"), FinetuningRecipe)
     arguments = parser.parse_args(argv)
-    if arguments.stop_after is not None and arguments.stop_after < 1:
-        raise ValueError(f"--stop-after {arguments.stop_after} must be at least 1")
+    check_tracker(arguments.report_to)
     check_energy(arguments.track_energy)
     return arguments
 
 
-def find_run(arguments: Namespace) -> tuple[Path, Path | None]:
-    """The output folder, and the checkpoint to go on from (None: a new run). Makes nothing."""
-    run, checkpoint = find_checkpoint(arguments) if arguments.resume else (None, None)
-    output = arguments.output_dir or run or unused_folder(DEFAULT_OUTPUT)
-    if output.is_dir() and any(output.iterdir()) and (run is None or output.resolve() != run.resolve()):
-        raise ValueError(
-            f"output folder {output} is not empty; go on with its run: --resume auto, or give another --output-dir"
-        )
-    check_output_folder(output)
-    return output, checkpoint
-
-
-def find_checkpoint(arguments: Namespace) -> tuple[Path, Path]:
-    """The folder of the run to go on with and its checkpoint."""
-    is_auto = arguments.resume == "auto"
-    path = (arguments.output_dir or newest_default_output()) if is_auto else Path(arguments.resume)
-    if not path.is_dir():
-        raise ValueError(f"--resume: {path} is no folder; give a checkpoint or a run's output folder")
-    if path.name.startswith("checkpoint-"):
-        if not is_whole(path):
-            raise ValueError(f"checkpoint {path} was not written to its end; give the output folder, or another one")
-        return path.resolve().parents[1], path
-    checkpoint = newest_trainer_checkpoint(path / "checkpoints")
-    if checkpoint is None:
-        raise ValueError(f"--resume: {path} holds no whole checkpoint; start a new run with another --output-dir")
-    return path, checkpoint
-
-
-def newest_default_output() -> Path:
-    """The default output folder with the highest number."""
-    number = int(unused_folder(DEFAULT_OUTPUT).name.removeprefix(DEFAULT_OUTPUT.name).removeprefix("-") or 1) - 1
-    return DEFAULT_OUTPUT if number < 2 else DEFAULT_OUTPUT.with_name(f"{DEFAULT_OUTPUT.name}-{number}")
-
-
-def read_recipe(arguments: Namespace, output: Path, checkpoint: Path | None) -> FinetuningRecipe:
-    """The recipe file (of a resumed run: its own) with the flags on top."""
-    flags = flag_overrides(arguments, FinetuningRecipe)
-    if checkpoint:
-        before = load_recipe(checkpoint.resolve().parents[1] / "recipe.yaml", FinetuningRecipe)
-        given = load_recipe(arguments.recipe, FinetuningRecipe) if arguments.recipe else before
-        recipe = given.replace(**flags)
-        refuse_changes(before, recipe)
-    else:
-        recipe = load_recipe(arguments.recipe or DEFAULT_RECIPE, FinetuningRecipe).with_flags(flags)
+def open_recipe(arguments: Namespace, output: Path, checkpoint: Path | None) -> FinetuningRecipe:
+    """The recipe of the run, which goes on with the settings that it had."""
+    before = load_recipe(checkpoint.resolve().parents[1] / RECIPE_FILE, FinetuningRecipe) if checkpoint else None
+    recipe = read_recipe(arguments, FinetuningRecipe, output, DEFAULT_RECIPE, before)
+    facts = {"num_processes": (count_processes(checkpoint), process_state().num_processes)} if checkpoint else {}
+    refuse_changes(before, recipe, facts)
     if not recipe.data:
         raise ValueError("no data given; name a folder with a sub-folder for each class, or a data set, with --data")
-    if not checkpoint and recipe.model == DEFAULT_MODEL and not Path(DEFAULT_MODEL).exists():
+    if not checkpoint and recipe.model == DEFAULT_MODEL:  # it would be an absolute path if it were there
         raise ValueError(
             f"the pretrained model {DEFAULT_MODEL} is not here; run examples/pretrain.py first, name another with "
             "--model, or train from random weights: --model none"
         )
-    # absolute, so that the run goes on from another working directory, too
-    local = [name for name in ("data", "model") if os.path.exists(getattr(recipe, name))]
-    local = [name for name in local if name == "data" or not recipe.from_scratch]
-    return recipe.replace(**{name: os.path.abspath(getattr(recipe, name)) for name in local})
-
-
-def refuse_changes(before: FinetuningRecipe, recipe: FinetuningRecipe) -> None:
-    """Raise a `ValueError` when a run would go on with settings that make it another run."""
-    changes = before.differences(recipe)
-    if changes:
-        shown = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changes.items())
-        raise ValueError(f"--resume cannot change the run: {shown}; leave these as they were, or start a new run")
-
-
-def resumed_model(checkpoint: Path, class_names: tuple[str, ...]) -> Any:
-    """The model of a checkpoint; `Trainer` restores the rest."""
-    model = load_classifier(str(checkpoint), class_names)
-    before, now = count_processes(checkpoint), PartialState().num_processes
-    if before != now:
-        raise ValueError(f"--resume: {checkpoint} is of a run with {before} processes, not {now}; start as many")
-    return model
-
-
-def start_process(recipe: FinetuningRecipe, arguments: Namespace) -> PartialState:
-    """Device and rank of this process; sets its threads, and how much is said."""
-    check_tracker(arguments.report_to)
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if recipe.threads and recipe.threads > 8 * cores:
-        raise ValueError(f"threads {recipe.threads} must be at most 8 for each of the {cores} cores")
-    if recipe.threads or state.device.type == "cpu":
-        torch.set_num_threads(recipe.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    if recipe.precision == "fp16" and state.device.type == "cpu":
-        raise ValueError("precision 'fp16' needs a GPU; give --precision bf16 or fp32")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    if not state.is_main_process or not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    return state
+    return recipe
 
 
 def training_arguments(
     recipe: FinetuningRecipe,
+    precision: str,
     arguments: Namespace,
     output: Path,
     updates_per_epoch: int,
@@ -290,9 +212,7 @@ def training_arguments(
     has_validation: bool,
 ) -> TrainingArguments:
     """`Trainer`'s settings. Checkpoints fall on ends of epochs, from where a run goes on exactly."""
-    state = PartialState()
-    automatic = "bf16" if native_bf16(state.device) else "fp32"
-    precision = automatic if recipe.precision == "auto" else recipe.precision
+    is_cpu = process_state().device.type == "cpu"
     every = recipe.validate_every * updates_per_epoch
     return TrainingArguments(
         str(output / "checkpoints"),
@@ -316,18 +236,14 @@ def training_arguments(
         dataloader_num_workers=recipe.workers,
         dataloader_persistent_workers=recipe.workers > 0,
         dataloader_drop_last=True,
-        dataloader_pin_memory=state.device.type == "cuda",
+        dataloader_pin_memory=not is_cpu,
         remove_unused_columns=False,
         label_names=["labels"],
         ddp_find_unused_parameters=False,
         report_to=[] if arguments.report_to == "none" else [arguments.report_to],
         disable_tqdm=True,
-        use_cpu=state.device.type == "cpu",
+        use_cpu=is_cpu,
     )
-
-
-def precision_of(settings: TrainingArguments) -> str:
-    return "bf16" if settings.bf16 else "fp16" if settings.fp16 else "fp32"
 
 
 def updates_of_an_epoch(recipe: FinetuningRecipe, num_images: int, num_processes: int) -> int:
@@ -389,45 +305,9 @@ def load_metric(state: PartialState) -> Callable[[Any], dict[str, float]]:
 # Training
 
 
-class RunReport(TrainerCallback):
-    """A progress bar with the loss, a line for each measurement, and a stop after so many updates.
-
-    Args:
-        stop_after: updates of this start of the run; None for all.
-        shown: whether this process says anything.
-    """
-
-    def __init__(self, stop_after: int | None, shown: bool):
-        self.stop_after = stop_after
-        self.shown = shown
-        self.first_update = 0
-        self.bar: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        self.first_update = state.global_step
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, disable=not self.shown, unit="update",
-            mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True, smoothing=0.05,
-        )  # fmt: skip
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        self.bar.update()
-        if self.stop_after is not None and state.global_step - self.first_update >= self.stop_after:
-            control.should_training_stop = True
-            control.should_save = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **others: Any) -> None:
-        logs = logs or {}
-        if "loss" in logs:
-            shown = {"loss": f"{float(logs['loss']):.4f}", "lr": f"{float(logs['learning_rate']):.2e}"}
-            self.bar.set_postfix(shown, refresh=False)
-        if "eval_loss" in logs:
-            top_5 = f", top-5 {logs['eval_top_5_accuracy']:.1%}" if "eval_top_5_accuracy" in logs else ""
-            text = f"validation loss {logs['eval_loss']:.4f}, top-1 {logs['eval_top_1_accuracy']:.1%}{top_5}"
-            self.bar.write(f"  epoch {state.epoch:.3g}: {text}") if self.shown else None
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        self.bar.close()
+def describe_evaluation(logs: dict[str, float]) -> str:
+    top_5 = f", top-5 {logs['eval_top_5_accuracy']:.1%}" if "eval_top_5_accuracy" in logs else ""
+    return f"validation loss {logs['eval_loss']:.4f}, top-1 {logs['eval_top_1_accuracy']:.1%}{top_5}"
 
 
 def measure(trainer: ClassificationTrainer, dataset: LabelledDataset | None) -> dict[str, Any] | None:
@@ -592,6 +472,7 @@ def print_heading(
     images_per_update = recipe.batch_size * recipe.gradient_accumulation_steps * state.num_processes
     parameters = sum(parameter.numel() for parameter in model.parameters())
     start = "random weights" if recipe.from_scratch else recipe.model
+    precision = "bf16" if settings.bf16 else "fp16" if settings.fp16 else "fp32"
     processes, threads = state.num_processes, torch.get_num_threads()
     lines = {
         "data": f"{len(splits.train):,} images of {recipe.data} in {config.num_labels} classes, {rows}x{columns} px, "
@@ -599,7 +480,7 @@ def print_heading(
         "validation": f"{len(splits.validation):,} images ({splits.validated_on})" if splits.validation else "none",
         "test": f"{len(splits.test):,} images ({recipe.test_split})" if splits.test else "none",
         "model": f"{parameters / 1e6:.1f} M parameters, from {start}",
-        "device": f"{settings.device}, {precision_of(settings)}, {processes} process{'es' * (processes > 1)}, "
+        "device": f"{settings.device}, {precision}, {processes} process{'es' * (processes > 1)}, "
         f"{threads} thread{'s' * (threads > 1)}",
         "updates": f"{total_updates:,} of {images_per_update} images; learning rate {peak:.2e} after {warmup}, "
         f"times {recipe.layer_decay} for each block towards the input",
@@ -641,11 +522,10 @@ def print_results(
     )
 
 
-def stopped_early(state: PartialState, trainer: ClassificationTrainer, output: Path) -> int:
-    launcher = "python" if state.num_processes == 1 else "accelerate launch (as before)"
+def stopped_early(state: PartialState, trainer: ClassificationTrainer, output: Path, reason: str) -> int:
     state.print(
-        f"Stopped after update {trainer.state.global_step:,} of {trainer.state.max_steps:,} as asked. Go on with: "
-        f"{launcher} {sys.argv[0]} --output-dir {output} --resume auto"
+        f"Stopped after update {trainer.state.global_step:,} of {trainer.state.max_steps:,} {reason}. Go on with: "
+        f"{how_to_go_on(output, state.num_processes)}"
     )
     return 0
 

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import sys
 import time
 from argparse import Namespace
@@ -44,25 +43,37 @@ from green_swin_hf.checkpointing import (
 )
 from green_swin_hf.coco_data import CocoImages, collate_detection, load_coco
 from green_swin_hf.data import EpochSampler
-from green_swin_hf.detection import GreenSwinMaskRCNN, load_backbone, load_detector, new_backbone, total_loss
+from green_swin_hf.detection import GreenSwinMaskRCNN, load_detector, new_backbone, total_loss
 from green_swin_hf.detection_metrics import Detections, coco_results, detect, mean_average_precision
 from green_swin_hf.detection_recipe import DetectionRecipe
 from green_swin_hf.drawn_shapes import SHAPE_NAMES, load_photographs, write_coco_shapes
 from green_swin_hf.energy import add_energy_flag, check_energy
 from green_swin_hf.hub_upload import add_hub_flags, open_hub
 from green_swin_hf.optimization import build_optimizer, step_schedule
+from green_swin_hf.pretrained_start import load_backbone
 from green_swin_hf.publish import publish_results
-from green_swin_hf.recipe_files import add_recipe_flags, flag_overrides, load_recipe, save_recipe
+from green_swin_hf.recipe_files import save_recipe
 from green_swin_hf.run_record import RECORD_FILE, RunRecord, describe_data, describe_start, measured, metric
-from green_swin_hf.run_setup import build_accelerator, find_run
+from green_swin_hf.run_setup import (
+    build_accelerator,
+    find_run,
+    how_to_go_on,
+    progress_bar,
+    read_recipe,
+    refuse_changes,
+    run_parser,
+    set_up_process,
+)
+from green_swin_hf.stop_signals import StopSignals
 from green_swin_hf.training import (
     DivergenceError,
-    OneLineParser,
     RunState,
     TrainingLog,
     UpdateBatches,
+    check_tracker,
     count_updates,
     is_finite,
+    last_line,
     one_line_errors,
 )
 
@@ -104,15 +115,22 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parse_arguments(argv)
         output, checkpoint = find_run(arguments.output_dir, arguments.resume, DEFAULT_OUTPUT)
         resumed = read_trainer_state(checkpoint) if checkpoint else None
-        recipe = read_recipe(arguments, output, resumed)
-        accelerator = build_accelerator(recipe.precision, recipe.threads, resumed["threads"] if resumed else None)
+        before = DetectionRecipe().replace(**resumed["recipe"]) if resumed else None
+        recipe = read_recipe(arguments, DetectionRecipe, output, DEFAULT_RECIPE, before)
+        precision = set_up_process(recipe.precision, recipe.threads, resumed["threads"] if resumed else None)
+        accelerator = build_accelerator(precision, arguments.report_to, output)
         data = open_data(recipe)  # None: shapes are to be drawn
         train, validation = data or (None, None)
         class_names = train.data.class_names if train else SHAPE_NAMES
         num_images = len(train) if train else recipe.drawn_images
         passes = recipe.gradient_accumulation_steps
         updates_per_epoch = count_updates(num_images, recipe.batch_size, passes, accelerator.num_processes)
-        refuse_changes(resumed, recipe, class_names, num_images, accelerator.num_processes)
+        facts = {
+            "class_names": list(class_names),
+            "num_images": num_images,
+            "num_processes": accelerator.num_processes,
+        }
+        refuse_changes(before, recipe, {name: (resumed[name], now) for name, now in facts.items()} if resumed else {})
 
         # Model, optimizer, schedule
         set_seed(recipe.seed)
@@ -132,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     # Prepare. From here on files are written.
     with one_line_errors("finetune_detection.py"):
         state = RunState(**resumed["state"]) if resumed else RunState()
-        log = open_output(recipe, output, accelerator, state)
+        log = open_output(recipe, output, accelerator, state, arguments.report_to)
         record = RunRecord(
             output, "detection", "finetune_detection.py", is_resumed=checkpoint is not None, device=accelerator.device,
             precision=accelerator.mixed_precision, track_energy=arguments.track_energy,
@@ -149,32 +167,22 @@ def main(argv: list[str] | None = None) -> int:
         restore(run, checkpoint)
     batches = iter(build_loader(run, train))
     print_heading(run, train, arguments.init_from, checkpoint)
-    progress = tqdm(
-        total=run.total_updates, initial=state.update, disable=not accelerator.is_main_process, unit="update",
-        mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True, smoothing=0.05,
-    )  # fmt: skip
+    progress = progress_bar(run.total_updates, state.update, shown=accelerator.is_main_process)
 
     # Train
-    first_epoch = state.update // updates_per_epoch
-    stop_at = min(recipe.epochs, first_epoch + (arguments.stop_after or recipe.epochs))
     try:
-        if state.update == 0 and recipe.validate_every:
-            measure(run)
-        for epoch in range(first_epoch + 1, stop_at + 1):
-            train_epoch(run, batches, progress)
-            if epoch == recipe.epochs or (recipe.validate_every and epoch % recipe.validate_every == 0):
-                measure(run)
-            save(run)
-        progress.close()
+        with StopSignals() as signals:
+            train_epochs(run, batches, progress, arguments.stop_after, signals)
+            progress.close()
 
-        # Leave the results
-        if stop_at < recipe.epochs:
-            record.stop()
-            return stopped_early(run)
-        if not run.found:  # the last epoch was done before
-            measure(run)
-        written = save_results(run)
-        record.stop(**recorded_facts(run, len(train)))
+            # Leave the results
+            if state.update < run.total_updates:
+                record.stop()
+                return stopped_early(run, signals)
+            if not run.found:  # the last epoch was done before
+                measure(run)
+            written = save_results(run)
+            record.stop(**recorded_facts(run, len(train)))
     except (DivergenceError, ValueError, OSError) as error:  # ValueError: a bad image; OSError: the disk is full
         progress.close()
         record.stop()
@@ -189,54 +197,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
-    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--recipe", type=Path, help=f"YAML file (default: {DEFAULT_RECIPE.name}); flags go on top")
-    parser.add_argument("--output-dir", type=Path, help=f"new folder for all results (default: {DEFAULT_OUTPUT}, …-2)")
-    parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
+    parser = run_parser(__doc__, DetectionRecipe, DEFAULT_RECIPE, DEFAULT_OUTPUT, stop_unit="epochs")
     parser.add_argument("--init-from", metavar="FOLDER", help="backbone: a pretrained folder, or a stock Swin")
-    parser.add_argument("--stop-after", type=int, metavar="EPOCHS", help="stop after so many, to go on later")
     add_hub_flags(parser)
     add_energy_flag(parser)
-    add_recipe_flags(parser.add_argument_group("keys of the recipe"), DetectionRecipe)
     arguments = parser.parse_args(argv)
     if arguments.resume and arguments.init_from:
         raise ValueError("--resume goes on with a run, --init-from starts another one: give one of them")
-    if arguments.stop_after is not None and arguments.stop_after < 1:
-        raise ValueError(f"--stop-after {arguments.stop_after} must be at least 1")
+    check_tracker(arguments.report_to)
     check_energy(arguments.track_energy)
     return arguments
-
-
-def read_recipe(arguments: Namespace, output: Path, resumed: dict[str, Any] | None) -> DetectionRecipe:
-    """The recipe file (of a resumed run: its own settings) with the flags on top; paths absolute."""
-    of_the_run = output / "recipe.yaml"
-    if resumed and not arguments.recipe:
-        recipe = DetectionRecipe().replace(**resumed["recipe"])
-    elif arguments.resume and not arguments.recipe and of_the_run.is_file():  # it has no checkpoint yet
-        recipe = load_recipe(of_the_run, DetectionRecipe)
-    else:
-        recipe = load_recipe(arguments.recipe or DEFAULT_RECIPE, DetectionRecipe)
-    recipe = recipe.with_flags(flag_overrides(arguments, DetectionRecipe))
-    given = {name: getattr(recipe, name) for name in recipe.path_keys if getattr(recipe, name)}
-    return recipe.replace(**{name: os.path.abspath(path) for name, path in given.items()})
-
-
-def refuse_changes(
-    resumed: dict[str, Any] | None,
-    recipe: DetectionRecipe,
-    class_names: tuple[str, ...],
-    num_images: int,
-    num_processes: int,
-) -> None:
-    """Raise a `ValueError` when a run would go on with settings that make it another run."""
-    if not resumed:
-        return
-    changes = DetectionRecipe().replace(**resumed["recipe"]).differences(recipe)
-    now = {"class_names": list(class_names), "num_images": num_images, "num_processes": num_processes}
-    changes.update({name: (resumed[name], value) for name, value in now.items() if resumed[name] != value})
-    if changes:
-        shown = ", ".join(f"{name} {before!r} -> {after!r}" for name, (before, after) in changes.items())
-        raise ValueError(f"--resume cannot change the run: {shown}; leave these as they were, or start a new run")
 
 
 # Model
@@ -321,12 +291,33 @@ def build_loader(run: Run, images: CocoImages) -> DataLoader[Any]:
 # Training
 
 
-def train_epoch(run: Run, batches: Iterator[dict[str, Any]], progress: tqdm) -> None:
+def train_epochs(
+    run: Run, batches: Iterator[dict[str, Any]], progress: tqdm, stop_after: int | None, signals: StopSignals
+) -> None:
+    """Do the epochs of this start of the run: to its end, to where it was asked to stop, or until a signal comes."""
+    recipe, first = run.recipe, run.state.update // run.updates_per_epoch
+    if run.state.update == 0 and recipe.validate_every:
+        measure(run)
+    for epoch in range(first + 1, min(recipe.epochs, first + (stop_after or recipe.epochs)) + 1):
+        if not train_epoch(run, batches, progress, signals):
+            if run.state.update % run.updates_per_epoch:  # else it was saved
+                save(run)
+            return
+        if epoch == recipe.epochs or (recipe.validate_every and epoch % recipe.validate_every == 0):
+            measure(run)
+        save(run)
+
+
+def train_epoch(run: Run, batches: Iterator[dict[str, Any]], progress: tqdm, signals: StopSignals) -> bool:
+    """Do the rest of an epoch; whether that was possible: a signal ends it."""
     recipe, accelerator, state = run.recipe, run.accelerator, run.state
     run.model.train()
     sums: dict[str, Any] = {}
     since, count = time.monotonic(), 0
-    for number in range(1, run.updates_per_epoch + 1):
+    done = state.update % run.updates_per_epoch
+    for number in range(done + 1, run.updates_per_epoch + 1):
+        if signals.agreed(accelerator.state):
+            return False
         losses, skipped_names = forward_backward(run, batches)
         grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), recipe.max_grad_norm or math.inf)
         # All processes hold the same averaged gradients here, so they decide alike.
@@ -346,6 +337,7 @@ def train_epoch(run: Run, batches: Iterator[dict[str, Any]], progress: tqdm) -> 
             log_update(run, progress, {name: value / count for name, value in sums.items()}, learning_rate, speed)
             since, sums, count = time.monotonic(), {}, 0
         progress.update()
+    return True
 
 
 def forward_backward(run: Run, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Tensor], list[str]]:
@@ -389,6 +381,7 @@ def log_update(run: Run, progress: tqdm, losses: dict[str, Tensor], learning_rat
     }
     if run.log:
         run.log.write(entry)
+    run.accelerator.log({k: v for k, v in entry.items() if k != "step"}, step=run.state.update)
     progress.set_postfix({"loss": f"{entry['loss']:.3f}", "images/s": f"{speed:,.1f}"}, refresh=False)
 
 
@@ -405,6 +398,7 @@ def measure(run: Run) -> None:
     if run.log:
         figures = mean_average_precision(images, run.found)
         run.log.write({"step": run.state.update, "epoch": run.epoch, **figures})
+        accelerator.log(figures, step=run.state.update)
     accelerator.wait_for_everyone()
 
 
@@ -451,15 +445,21 @@ def restore(run: Run, checkpoint: Path) -> None:
     restore_random_state(saved["random_states"][run.accelerator.process_index])
 
 
-def open_output(recipe: DetectionRecipe, output: Path, accelerator: Accelerator, state: RunState) -> TrainingLog | None:
+def open_output(
+    recipe: DetectionRecipe, output: Path, accelerator: Accelerator, state: RunState, report_to: str
+) -> TrainingLog | None:
     """Make the output folder with the resolved recipe and the log; checkpoints of later updates are set aside."""
-    if not accelerator.is_main_process:
-        return None
-    output.mkdir(parents=True, exist_ok=True)
-    for path in prepare_checkpoints(output / "checkpoints", state.update):
-        print(f"Kept as {path}: it is of a later update than this run goes on from")
-    save_recipe(recipe, output / "recipe.yaml")
-    return TrainingLog(output / "log.jsonl", state.log_position)
+    log = None
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        for path in prepare_checkpoints(output / "checkpoints", state.update):
+            print(f"Kept as {path}: it is of a later update than this run goes on from")
+        save_recipe(recipe, output / "recipe.yaml")
+        log = TrainingLog(output / "log.jsonl", state.log_position)
+    if report_to != "none":
+        settings = {name: str(value) for name, value in recipe.to_dict().items()}
+        accelerator.init_trackers("green-swin-detection", settings)
+    return log
 
 
 # Results
@@ -575,11 +575,11 @@ def print_results(run: Run, written: list[str], seconds: float) -> None:
     )
 
 
-def stopped_early(run: Run) -> int:
+def stopped_early(run: Run, signals: StopSignals) -> int:
+    reason = f"on {signals.received}" if signals.received else "as asked"
     run.accelerator.print(
-        f"Stopped after epoch {run.epoch:g} of {run.recipe.epochs} as asked. Go on with: "
-        f"{'python' if run.accelerator.num_processes == 1 else 'accelerate launch (as before)'} {sys.argv[0]} "
-        f"--output-dir {run.output} --resume auto"
+        f"Stopped after epoch {run.epoch:.4g} of {run.recipe.epochs} {reason}. Go on with: "
+        f"{how_to_go_on(run.output, run.accelerator.num_processes)}"
     )
     run.accelerator.end_training()
     return 0
@@ -590,11 +590,6 @@ def fail(accelerator: Accelerator, message: str) -> int:
         print(f"finetune_detection.py: {message}", file=sys.stderr)
     accelerator.end_training()
     return 1
-
-
-def last_line(error: Exception) -> str:
-    """What an error says; of one that comes out of a loader's worker, without the worker's traceback."""
-    return str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
 
 
 if __name__ == "__main__":

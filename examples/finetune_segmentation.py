@@ -21,39 +21,42 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import (
     SegformerImageProcessor,
-    TrainerCallback,
-    TrainerState,
     TrainingArguments,
     UperNetForSemanticSegmentation,
     set_seed,
 )
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.utils import logging as transformers_logging
 
 from green_swin_hf import GreenSwinBackbone
-from green_swin_hf.checkpointing import listed, load_weights, replace_files
+from green_swin_hf.checkpointing import listed, replace_files
 from green_swin_hf.data import seeded_generator
 from green_swin_hf.drawn_shapes import load_photographs
 from green_swin_hf.energy import add_energy_flag, check_energy
-from green_swin_hf.host_memory import keep_freed_memory
 from green_swin_hf.hub_upload import add_hub_flags, open_hub
-from green_swin_hf.optimization import build_optimizer, native_bf16
+from green_swin_hf.optimization import build_optimizer
+from green_swin_hf.pretrained_start import load_backbone
 from green_swin_hf.publish import publish_results
-from green_swin_hf.recipe_files import add_recipe_flags, flag_overrides, load_recipe, save_recipe
+from green_swin_hf.recipe_files import load_recipe, save_recipe
 from green_swin_hf.run_record import RECORD_FILE, RunRecord, describe_data, describe_start, measured, metric
+from green_swin_hf.run_setup import (
+    RECIPE_FILE,
+    find_run,
+    how_to_go_on,
+    process_state,
+    read_recipe,
+    refuse_changes,
+    run_parser,
+    set_up_process,
+)
 from green_swin_hf.segmentation import (
     PixelCounter,
     SegmentationTrainer,
     build_upernet,
     commonest_class_scores,
     enlarged_logits,
-    load_pretrained_backbone,
 )
 from green_swin_hf.segmentation_data import (
     CLASS_NAMES_FILE,
@@ -67,12 +70,11 @@ from green_swin_hf.segmentation_data import (
     write_drawn_segmentation,
 )
 from green_swin_hf.segmentation_recipe import SegmentationRecipe
+from green_swin_hf.trainer_runs import TRAINER_FORMAT, TrainerProgress, count_processes, train
 from green_swin_hf.training import (
-    OneLineParser,
-    check_output_folder,
     check_tracker,
+    last_line,
     one_line_errors,
-    unused_folder,
 )
 
 DEFAULT_RECIPE = Path(__file__).resolve().parent / "recipes" / "segmentation" / "drawn_shapes_tiny.yaml"
@@ -84,17 +86,14 @@ NUM_PICTURES = 8
 
 def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
-    transformers_logging.disable_progress_bar()
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
     # All that can be wrong with the input shows in this block, before anything is written.
     with one_line_errors("finetune_segmentation.py"):
         arguments = parse_arguments(argv)
-        output, checkpoint = find_run(arguments)
-        recipe = read_recipe(arguments, output, checkpoint)
-        check_tracker(arguments.report_to)
+        output, checkpoint = find_run(arguments.output_dir, arguments.resume, DEFAULT_OUTPUT, TRAINER_FORMAT)
+        recipe = open_recipe(arguments, output, checkpoint)
+        precision = set_up_process(recipe.precision, recipe.threads)
         class_names = find_class_names(recipe)
-        trainer_options = training_arguments(recipe, output, arguments.report_to)
+        trainer_options = training_arguments(recipe, precision, output, arguments.report_to)
         set_seed(recipe.seed)
         model = build_model(recipe, class_names)
         if recipe.data is None:
@@ -107,21 +106,19 @@ def main(argv: list[str] | None = None) -> int:
         hub_id = open_hub(arguments, output)
 
     # From here on files are written.
-    counter, progress = PixelCounter(), Progress()
+    counter, progress = PixelCounter(), TrainerProgress(describe_evaluation, arguments.stop_after)
     trainer = SegmentationTrainer(
         model,
         trainer_options,
         train_dataset=data["train"],
         eval_dataset=data["validation"],
         compute_metrics=counter,
-        callbacks=[progress],
         optimizers=(
             build_optimizer(model, recipe.learning_rate, weight_decay=recipe.weight_decay, betas=recipe.betas),
             None,
         ),
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
+    progress.attach(trainer)
     is_main = trainer.is_world_process_zero()
     if is_main:
         output.mkdir(parents=True, exist_ok=True)
@@ -130,20 +127,20 @@ def main(argv: list[str] | None = None) -> int:
     with one_line_errors("finetune_segmentation.py"):
         record = RunRecord(
             output, "segmentation", "finetune_segmentation.py", is_resumed=checkpoint is not None,
-            device=trainer_options.device, precision=precision_of(trainer_options), track_energy=arguments.track_energy,
+            device=trainer_options.device, precision=precision, track_energy=arguments.track_energy,
         )  # fmt: skip
         record.note(start_from=describe_start(recipe.init_from))
 
     # Train; at the end the weights of the best evaluation are put back
     try:
-        if checkpoint is None:
-            trainer.train()
-        elif not restore_finished(trainer, checkpoint):
-            trainer.train(resume_from_checkpoint=str(checkpoint))
+        train(trainer, checkpoint, progress)
     except (ValueError, OSError) as error:  # a bad mask, a full disk
-        progress.on_train_end()
+        progress.close()
         record.stop()
         return stopped(error, output, is_main)
+    if trainer.state.global_step < recipe.max_steps:
+        record.stop()
+        return stopped_early(trainer, output, is_main, progress.stop_reason)
 
     # Measure and leave the results
     baselines = {name: commonest_class_scores(counts) for name, counts in pixels.items()}
@@ -161,68 +158,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
-    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--recipe", type=Path, help=f"YAML file (default: {DEFAULT_RECIPE.name}); flags go on top")
-    parser.add_argument("--output-dir", type=Path, help=f"new folder for all results (default: {DEFAULT_OUTPUT}, …-2)")
-    parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
-    trackers = ("none", "tensorboard", "trackio", "wandb")
-    parser.add_argument("--report-to", default="none", choices=trackers, help="also log there (default: none)")
+    parser = run_parser(__doc__, SegmentationRecipe, DEFAULT_RECIPE, DEFAULT_OUTPUT, stop_unit="updates")
     add_hub_flags(parser)
     add_energy_flag(parser)
-    add_recipe_flags(parser.add_argument_group("keys of the recipe"), SegmentationRecipe)
     arguments = parser.parse_args(argv)
+    check_tracker(arguments.report_to)
     check_energy(arguments.track_energy)
     return arguments
 
 
-def find_run(arguments: Namespace) -> tuple[Path, Path | None]:
-    """The output folder, and the checkpoint to go on from (None: a new run). Makes nothing."""
-    if arguments.resume is None:
-        output = arguments.output_dir or unused_folder(DEFAULT_OUTPUT)
-        if output.is_dir() and any(output.iterdir()):
-            raise ValueError(f"output folder {output} is not empty; give another, or go on with its run: --resume auto")
-        check_output_folder(output)
-        return output, None
-    if arguments.resume != "auto":
-        checkpoint = Path(arguments.resume)
-        if not is_whole(checkpoint):
-            raise ValueError(f"--resume {checkpoint} is no whole checkpoint; --resume auto finds the newest one")
-        return arguments.output_dir or checkpoint.resolve().parents[1], checkpoint
-    output = arguments.output_dir or newest_default_output()
-    found = [path for path in (output / "checkpoints").glob("checkpoint-*") if is_whole(path)]
-    if not found:
-        raise ValueError(f"--resume auto: {output} holds no whole checkpoint; name the run with --output-dir")
-    return output, max(found, key=lambda path: int(path.name.split("-")[1]))
-
-
-def newest_default_output() -> Path:
-    """The default output folder with the highest number."""
-    number = int(unused_folder(DEFAULT_OUTPUT).name.removeprefix(DEFAULT_OUTPUT.name).removeprefix("-") or 1) - 1
-    return DEFAULT_OUTPUT if number < 2 else DEFAULT_OUTPUT.with_name(f"{DEFAULT_OUTPUT.name}-{number}")
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: `Trainer` writes its state last."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return all((checkpoint / name).is_file() for name in ("model.safetensors", "optimizer.pt", "scheduler.pt"))
-
-
-def read_recipe(arguments: Namespace, output: Path, checkpoint: Path | None) -> SegmentationRecipe:
-    """The recipe file (of a resumed run: its own) with the flags on top."""
-    own = output / "recipe.yaml"
-    path = own if checkpoint and not arguments.recipe else arguments.recipe or DEFAULT_RECIPE
-    recipe = load_recipe(path, SegmentationRecipe).with_flags(flag_overrides(arguments, SegmentationRecipe))
-    for name in ("data", "photographs", "class_names", "init_from"):  # absolute, to go on from another folder, too
-        value = getattr(recipe, name)
-        recipe = recipe.replace(**{name: os.path.abspath(value)}) if value and os.path.exists(value) else recipe
-    if checkpoint:
-        for name, (now, before) in recipe.differences(load_recipe(own, SegmentationRecipe)).items():
-            raise ValueError(f"--resume goes on with the same settings: {name} {before} -> {now}; start a new run")
-    if recipe.precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("precision 'fp16' needs a GPU; give --precision bf16 or fp32")
+def open_recipe(arguments: Namespace, output: Path, checkpoint: Path | None) -> SegmentationRecipe:
+    """The recipe of the run, which goes on with the settings that it had."""
+    before = load_recipe(checkpoint.resolve().parents[1] / RECIPE_FILE, SegmentationRecipe) if checkpoint else None
+    recipe = read_recipe(arguments, SegmentationRecipe, output, DEFAULT_RECIPE, before)
+    facts = {"num_processes": (count_processes(checkpoint), process_state().num_processes)} if checkpoint else {}
+    refuse_changes(before, recipe, facts)
     if recipe.data is None and recipe.batch_size * recipe.gradient_accumulation_steps > recipe.drawn_images:
         raise ValueError(f"batch_size {recipe.batch_size} must not exceed drawn_images {recipe.drawn_images}")
     return recipe
@@ -239,14 +189,8 @@ def find_class_names(recipe: SegmentationRecipe) -> tuple[str, ...]:
     raise ValueError(f"the classes of {recipe.data} have no names; give a JSON list of them: --class-names FILE")
 
 
-def training_arguments(recipe: SegmentationRecipe, output: Path, report_to: str) -> TrainingArguments:
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        keep_freed_memory()
-    automatic = "bf16" if native_bf16(device) else "fp32"
-    precision = automatic if recipe.precision == "auto" else recipe.precision
+def training_arguments(recipe: SegmentationRecipe, precision: str, output: Path, report_to: str) -> TrainingArguments:
+    is_cpu = process_state().device.type == "cpu"
     every = min(recipe.validate_every, recipe.max_steps)
     return TrainingArguments(
         output_dir=str(output / "checkpoints"),
@@ -262,7 +206,7 @@ def training_arguments(recipe: SegmentationRecipe, output: Path, report_to: str)
         seed=recipe.seed,
         dataloader_num_workers=recipe.workers,
         dataloader_drop_last=True,
-        dataloader_pin_memory=device.type == "cuda",
+        dataloader_pin_memory=not is_cpu,
         remove_unused_columns=False,
         label_names=["labels"],
         batch_eval_metrics=True,
@@ -277,11 +221,8 @@ def training_arguments(recipe: SegmentationRecipe, output: Path, report_to: str)
         logging_steps=recipe.log_every,
         report_to=report_to,
         disable_tqdm=True,
+        use_cpu=is_cpu,
     )
-
-
-def precision_of(options: TrainingArguments) -> str:
-    return "bf16" if options.bf16 else "fp16" if options.fp16 else "fp32"
 
 
 # Data
@@ -395,7 +336,7 @@ def check_data(data: dict[str, SegmentationDataset]) -> dict[str, torch.Tensor]:
 
 def build_model(recipe: SegmentationRecipe, class_names: tuple[str, ...]) -> UperNetForSemanticSegmentation:
     if recipe.init_from:
-        backbone = load_pretrained_backbone(recipe.init_from, drop_path_rate=recipe.drop_path_rate)
+        backbone = load_backbone(recipe.init_from, drop_path_rate=recipe.drop_path_rate)
         if backbone.config.num_channels != 3:
             raise ValueError(
                 f"--init-from {recipe.init_from} takes images of {backbone.config.num_channels} channels, these have "
@@ -420,53 +361,25 @@ def build_model(recipe: SegmentationRecipe, class_names: tuple[str, ...]) -> Upe
 # Training
 
 
-class Progress(TrainerCallback):
-    """A progress bar with the newest loss and mean IoU."""
+def describe_evaluation(logs: dict[str, float]) -> str:
+    return f"validation loss {logs['eval_loss']:.4f}, mean IoU {logs['eval_mean_iou']:.3f}"
 
-    def __init__(self) -> None:
-        self.bar = tqdm(disable=True)
-        self.shown: dict[str, str] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        quiet = 0.5 if sys.stderr.isatty() else 20
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            disable=not state.is_world_process_zero,
-            unit="update",
-            mininterval=quiet,
-            dynamic_ncols=True,
+def stopped_early(trainer: SegmentationTrainer, output: Path, is_main: bool, reason: str) -> int:
+    if is_main:
+        print(
+            f"Stopped after update {trainer.state.global_step:,} of {trainer.args.max_steps:,} {reason}. Go on with: "
+            f"{how_to_go_on(output, trainer.args.world_size)}"
         )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        names = {"loss": "loss", "learning_rate": "lr", "eval_mean_iou": "validation mean IoU"}
-        self.shown.update({names[key]: f"{value:.4g}" for key, value in (logs or {}).items() if key in names})
-        self.bar.set_postfix(self.shown, refresh=False)
-
-    def on_train_end(self, *arguments: Any, **kwargs: Any) -> None:
-        self.bar.close()
-
-
-def restore_finished(trainer: SegmentationTrainer, checkpoint: Path) -> bool:
-    """Whether the checkpoint is of the last update. Then its run is put back, which `Trainer` would train on."""
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    if state.global_step < trainer.args.max_steps:
-        return False
-    trainer.state = state
-    load_weights(trainer.accelerator.unwrap_model(trainer.model), Path(state.best_model_checkpoint or checkpoint))
-    return True
+    trainer.accelerator.end_training()
+    return 0
 
 
 def stopped(error: Exception, output: Path, is_main: bool) -> int:
     """What a worker process raised arrives with its traceback: the last line says what it was."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    reason = lines[-1].removeprefix(f"{type(error).__name__}: ")
     if is_main:
-        command = f"{sys.argv[0]} --output-dir {output} --resume auto"
-        print(f"finetune_segmentation.py: stopped: {reason}; go on with: {command}", file=sys.stderr)
+        command = how_to_go_on(output, int(os.environ.get("WORLD_SIZE", "1")))
+        print(f"finetune_segmentation.py: stopped: {last_line(error)}; go on with: {command}", file=sys.stderr)
     return 1
 
 
@@ -578,6 +491,7 @@ def print_heading(
     millions = [sum(value.numel() for value in part.parameters()) / 1e6 for part in (model, model.backbone)]
     counts = ", ".join(f"{len(dataset):,} {name}" for name, dataset in data.items())
     images = recipe.batch_size * recipe.gradient_accumulation_steps * options.world_size
+    precision = "bf16" if options.bf16 else "fp16" if options.fp16 else "fp32"
     start = f"from {recipe.init_from}" if recipe.init_from else "from scratch"
     lines = {
         "data": f"{recipe.data or 'drawn shapes'}: {counts} images, {len(class_names)} classes",
@@ -585,8 +499,7 @@ def print_heading(
         + (f"with {recipe.short_side} px on the shorter side" if recipe.short_side else "at their own size"),
         "model": f"UperNet, {millions[0]:.1f} M parameters, {millions[1]:.1f} M of them the backbone {start}: "
         f"blocks {'-'.join(map(str, backbone.depths))}, width {backbone.embed_dim}, window {backbone.window_size}",
-        "device": f"{options.device}, {precision_of(options)}, {options.world_size} "
-        f"process{'es' * (options.world_size > 1)}",
+        "device": f"{options.device}, {precision}, {options.world_size} process{'es' * (options.world_size > 1)}",
         "updates": f"{recipe.max_steps:,} of {images} images; learning rate {recipe.learning_rate:.1e}",
         "output": str(output),
     }

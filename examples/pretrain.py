@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
 import sys
 import time
 from argparse import Namespace
@@ -22,22 +21,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import datasets
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object, parse_flag_from_env, send_to_device, set_seed
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
-from transformers.utils import logging as transformers_logging
 
 from green_swin_hf import GreenSwinConfig, GreenSwinForMaskedImageModeling, SparseGeometry
 from green_swin_hf.checkpointing import (
-    find_damage,
-    list_checkpoints,
     listed,
     load_weights,
-    newest_checkpoint,
     prepare_checkpoints,
     random_state,
     read_trainer_state,
@@ -60,34 +54,41 @@ from green_swin_hf.data import (
 )
 from green_swin_hf.energy import add_energy_flag, check_energy
 from green_swin_hf.feature_probes import Accuracy
-from green_swin_hf.host_memory import keep_freed_memory
 from green_swin_hf.hub_upload import add_hub_flags, open_hub
 from green_swin_hf.image_processing_green_swin import GreenSwinImageProcessor
 from green_swin_hf.online_probe import OnlineProbe, open_probe
-from green_swin_hf.optimization import build_optimizer, cosine_schedule, native_bf16, scaled_learning_rate
+from green_swin_hf.optimization import build_optimizer, cosine_schedule, scaled_learning_rate
+from green_swin_hf.pretrained_start import load_for_continued_training
 from green_swin_hf.pretraining_recipe import PretrainingRecipe
 from green_swin_hf.publish import publish_results
-from green_swin_hf.recipe_files import add_recipe_flags, flag_overrides, load_recipe, save_recipe
+from green_swin_hf.recipe_files import save_recipe
 from green_swin_hf.run_record import RECORD_FILE, RunRecord, describe_data, describe_start, measured, metric
+from green_swin_hf.run_setup import (
+    build_accelerator,
+    find_run,
+    how_to_go_on,
+    progress_bar,
+    read_recipe,
+    refuse_changes,
+    run_parser,
+    set_up_process,
+)
 from green_swin_hf.sparse_plan import num_masked_units
+from green_swin_hf.stop_signals import StopSignals
 from green_swin_hf.training import (
     DivergenceError,
-    OneLineParser,
     RunState,
     TrainingLog,
     UpdateBatches,
-    check_output_folder,
     check_tracker,
     count_updates,
     fixed_batches,
     held_out_loss,
     hold_out,
     is_finite,
-    load_for_continued_training,
     mean_prediction_loss,
     model_inputs,
     one_line_errors,
-    unused_folder,
 )
 
 DEFAULT_RECIPE = Path(__file__).resolve().parent / "recipes" / "pretraining" / "fashion_mnist_tiny.yaml"
@@ -119,6 +120,7 @@ class Run:
     final_loss: float | None = None
     probed: Accuracy | None = None
     named_images: set[str] = field(default_factory=set)
+    saved_update: int | None = None  # of the newest checkpoint
 
     @property
     def epoch(self) -> float | None:
@@ -130,11 +132,15 @@ def main(argv: list[str] | None = None) -> int:
     # All that can be wrong with the input shows in this block, before anything is written.
     with one_line_errors("pretrain.py"):
         arguments = parse_arguments(argv)
-        output, checkpoint = find_run(arguments)
+        output, checkpoint = find_run(arguments.output_dir, arguments.resume, DEFAULT_OUTPUT)
         resumed = read_trainer_state(checkpoint) if checkpoint else None
-        recipe = read_recipe(arguments, output, resumed)
+        before = PretrainingRecipe().replace(**resumed["recipe"]) if resumed else None
+        recipe = read_recipe(arguments, PretrainingRecipe, output, DEFAULT_RECIPE, before)
+        if not recipe.data:
+            raise ValueError("no data given; name a folder of images or a data set with --data")
         config = recipe.model_config()
-        accelerator = build_accelerator(recipe, arguments, output, resumed)
+        precision = set_up_process(recipe.precision, recipe.threads, resumed["threads"] if resumed else None)
+        accelerator = build_accelerator(precision, arguments.report_to, output)
 
         # Data: images to train on, and batches with fixed masks to measure on
         source, held_out = open_data(recipe)
@@ -151,7 +157,8 @@ def main(argv: list[str] | None = None) -> int:
         online_probe = open_probe(recipe, unchanged)
         images_per_update = recipe.batch_size * accelerator.num_processes * recipe.gradient_accumulation_steps
         updates_per_epoch, total_updates = count_run(recipe, source, accelerator.num_processes)
-        refuse_changes(resumed, recipe, source, accelerator.num_processes)
+        now = {"num_processes": accelerator.num_processes, "num_images": source.num_images}
+        refuse_changes(before, recipe, {name: (resumed[name], value) for name, value in now.items()} if resumed else {})
 
         # Model, optimizer, schedule
         set_seed(recipe.seed)
@@ -177,6 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     set_seed(recipe.seed + 1 + accelerator.process_index)  # stochastic depth differs between processes
     if checkpoint:
         restore(run, checkpoint)
+        run.saved_update = state.update
     with one_line_errors("pretrain.py"):
         open_output(run, arguments.report_to)
         record = RunRecord(
@@ -186,54 +194,21 @@ def main(argv: list[str] | None = None) -> int:
         record.note(start_from=describe_start(arguments.init_from))
     loader = build_loader(run, source, transform, collator)
     print_heading(run, config, source, peak, warmup, checkpoint)
-    progress = tqdm(
-        total=total_updates, initial=state.update, disable=not accelerator.is_main_process, unit="update",
-        mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True, smoothing=0.05,
-    )  # fmt: skip
+    progress = progress_bar(total_updates, state.update, shown=accelerator.is_main_process)
 
     # Train
     model.train()
-    if state.update == 0:
-        probe(run)
-    stop_at = min(total_updates, state.update + (arguments.stop_after or total_updates))
-    batches = iter(loader)
-    since, images_since = time.monotonic(), 0
     try:
-        while state.update < stop_at:
-            loss, skipped_names = forward_backward(run, batches)
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm or math.inf)
-            # All processes hold the same averaged gradients here, so they decide alike.
-            finite = is_finite(grad_norm)
-            if finite or accelerator.scaler is not None:  # the scaler skips by itself, and learns from it
-                optimizer.step()
-            optimizer.zero_grad()
-            learning_rate = optimizer.param_groups[0]["lr"]
-            scheduler.step()
-            state.record_update(finite, recipe.stop_after_skipped)
-            images_since += images_per_update
-            report_skips(run, progress, finite, skipped_names)
+        with StopSignals() as signals:
+            train(run, loader, progress, arguments.stop_after, signals)
+            progress.close()
 
-            if due(run, recipe.log_every, total_updates) or not finite:
-                speed = images_since / (time.monotonic() - since)
-                log_update(run, progress, loss, learning_rate, grad_norm, speed)
-                since, images_since = time.monotonic(), 0
-            aside = time.monotonic()
-            if due(run, recipe.probe_every * (updates_per_epoch or 0), total_updates):
-                probe(run)
-            if due(run, recipe.validate_every, total_updates):
-                measure(run)
-            if due(run, recipe.save_every, stop_at):
-                save(run)
-            since += time.monotonic() - aside
-            progress.update()
-        progress.close()
-
-        # Leave the results
-        if state.update < total_updates:
-            record.stop()
-            return stopped_early(run)
-        written = save_results(run, config)
-        record.stop(**recorded_facts(run, peak))
+            # Leave the results
+            if state.update < total_updates:
+                record.stop()
+                return stopped_early(run, signals)
+            written = save_results(run, config)
+            record.stop(**recorded_facts(run, peak))
     except (DivergenceError, OSError) as error:  # OSError: the disk is full or gone
         progress.close()
         record.stop()
@@ -248,123 +223,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
-    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--recipe", type=Path, help=f"YAML file (default: {DEFAULT_RECIPE.name}); flags go on top")
-    parser.add_argument("--output-dir", type=Path, help=f"new folder for all results (default: {DEFAULT_OUTPUT}, …-2)")
-    parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
+    parser = run_parser(__doc__, PretrainingRecipe, DEFAULT_RECIPE, DEFAULT_OUTPUT, stop_unit="updates")
     parser.add_argument("--init-from", metavar="FOLDER", help="start a new run from these weights (also stock Swin)")
-    parser.add_argument("--stop-after", type=int, metavar="UPDATES", help="save and stop after so many, to go on later")
-    trackers = ("none", "tensorboard", "trackio", "wandb")
-    parser.add_argument("--report-to", default="none", choices=trackers, help="also log there (default: none)")
     add_hub_flags(parser)
     add_energy_flag(parser)
-    add_recipe_flags(parser.add_argument_group("keys of the recipe"), PretrainingRecipe)
     arguments = parser.parse_args(argv)
     if arguments.resume and arguments.init_from:
         raise ValueError("--resume goes on with a run, --init-from starts another one: give one of them")
-    if arguments.stop_after is not None and arguments.stop_after < 1:
-        raise ValueError(f"--stop-after {arguments.stop_after} must be at least 1")
+    check_tracker(arguments.report_to)
     check_energy(arguments.track_energy)
     return arguments
-
-
-def find_run(arguments: Namespace) -> tuple[Path, Path | None]:
-    """The output folder, and the checkpoint to go on from (None: a new run). Makes nothing."""
-    run, checkpoint = find_checkpoint(arguments) if arguments.resume else (None, None)
-    output = arguments.output_dir or run or unused_folder(DEFAULT_OUTPUT)
-    if output.is_dir() and any(output.iterdir()) and (run is None or output.resolve() != run.resolve()):
-        raise ValueError(
-            f"output folder {output} is not empty; go on with its run: --resume auto, or give another --output-dir"
-        )
-    check_output_folder(output)
-    return output, checkpoint
-
-
-def find_checkpoint(arguments: Namespace) -> tuple[Path, Path | None]:
-    """The folder of the run to go on with and its checkpoint; with `--resume auto` a run may have none yet."""
-    is_auto = arguments.resume == "auto"
-    path = (arguments.output_dir or newest_default_output()) if is_auto else Path(arguments.resume)
-    if path in list_checkpoints(path.parent):
-        if damage := find_damage(path):
-            raise ValueError(f"checkpoint {path} is damaged: {damage}; --resume auto takes the newest whole one")
-        return path.resolve().parents[1], path
-    if not is_auto and not path.is_dir():
-        raise ValueError(f"--resume {path} is no folder; give a checkpoint, a run's output folder, or auto")
-    checkpoint, damaged = newest_checkpoint(path / "checkpoints")
-    for passed_over, damage in damaged.items():
-        process_state().print(f"Passed over and kept: {passed_over} is damaged ({damage})")
-    is_new = not path.exists() or not any(path.iterdir()) or (path / "log.jsonl").is_file()
-    if checkpoint is None and not (is_auto and is_new):
-        raise ValueError(f"--resume: {path} holds no whole checkpoint; give another, or none")
-    if checkpoint is None:
-        process_state().print(f"Nothing to go on with in {path}: a new run starts there")
-    return path, checkpoint
-
-
-def newest_default_output() -> Path:
-    """The default output folder with the highest number."""
-    unused = unused_folder(DEFAULT_OUTPUT)
-    number = int(unused.name.removeprefix(DEFAULT_OUTPUT.name).removeprefix("-") or 1) - 1
-    return DEFAULT_OUTPUT if number < 2 else DEFAULT_OUTPUT.with_name(f"{DEFAULT_OUTPUT.name}-{number}")
-
-
-def read_recipe(arguments: Namespace, output: Path, resumed: dict[str, Any] | None) -> PretrainingRecipe:
-    """The recipe file (of a resumed run: its own settings) with the flags on top."""
-    of_the_run = output / "recipe.yaml"
-    if resumed and not arguments.recipe:
-        recipe = PretrainingRecipe().replace(**resumed["recipe"])
-    elif arguments.resume and not arguments.recipe and of_the_run.is_file():  # it has no checkpoint yet
-        recipe = load_recipe(of_the_run, PretrainingRecipe)
-    else:
-        recipe = load_recipe(arguments.recipe or DEFAULT_RECIPE, PretrainingRecipe)
-    flags = flag_overrides(arguments, PretrainingRecipe)
-    recipe = recipe.replace(**flags) if resumed else recipe.with_flags(flags)
-    if not recipe.data:
-        raise ValueError("no data given; name a folder of images or a data set with --data")
-    # absolute, so that the run goes on from another working directory, too
-    return recipe.replace(data=os.path.abspath(recipe.data)) if os.path.exists(recipe.data) else recipe
-
-
-def build_accelerator(
-    recipe: PretrainingRecipe, arguments: Namespace, output: Path, resumed: dict[str, Any] | None
-) -> Accelerator:
-    check_tracker(arguments.report_to)
-    device = process_state().device
-    if recipe.threads and recipe.threads > 8 * available_cores():
-        raise ValueError(f"threads {recipe.threads} must be at most 8 for each of the {available_cores()} cores")
-    if recipe.threads or device.type == "cpu":
-        # `accelerate launch` may leave a process on the CPU fewer threads than there are cores. A resumed run takes as
-        # many as before: sums over another number of threads differ in their last bits.
-        share = resumed["threads"] if resumed else max(1, available_cores() // local_processes())
-        torch.set_num_threads(recipe.threads or share)
-    if device.type == "cpu":
-        keep_freed_memory()
-    if recipe.precision == "fp16" and device.type == "cpu":
-        raise ValueError("precision 'fp16' needs a GPU; give --precision bf16 or fp32")
-    automatic = "bf16" if native_bf16(device) else "fp32"
-    precision = automatic if recipe.precision == "auto" else recipe.precision
-    tracker = None if arguments.report_to == "none" else arguments.report_to
-    accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision, log_with=tracker, project_dir=output
-    )
-    transformers_logging.disable_progress_bar()
-    if not accelerator.is_main_process or not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    return accelerator
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def local_processes() -> int:
-    """Processes of this run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def process_state() -> PartialState:
-    """Device and rank of this process, as `Accelerator` will find them."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def count_run(recipe: PretrainingRecipe, source: ImageSource, num_processes: int) -> tuple[int | None, int]:
@@ -383,23 +251,6 @@ def count_warmup(recipe: PretrainingRecipe, updates_per_epoch: int | None, total
     share = round(total_updates * recipe.warmup_epochs / recipe.epochs)
     warmup = round(recipe.warmup_epochs * updates_per_epoch) if updates_per_epoch else share
     return warmup if warmup < total_updates else share
-
-
-def refuse_changes(
-    resumed: dict[str, Any] | None, recipe: PretrainingRecipe, source: ImageSource, num_processes: int
-) -> None:
-    """Raise a `ValueError` when a run would go on with settings that make it another run."""
-    if not resumed:
-        return
-    changes = PretrainingRecipe().replace(**resumed["recipe"]).differences(recipe)
-    for name, now in (("num_processes", num_processes), ("num_images", source.num_images)):
-        if resumed[name] != now:
-            changes[name] = (resumed[name], now)
-    if changes:
-        shown = ", ".join(f"{name} {before!r} -> {now!r}" for name, (before, now) in changes.items())
-        raise ValueError(
-            f"--resume cannot change the run: {shown}; leave these as they were, or start a new run with --init-from"
-        )
 
 
 # Data
@@ -492,6 +343,43 @@ def build_processor(recipe: PretrainingRecipe, config: GreenSwinConfig) -> ViTIm
 # Training
 
 
+def train(run: Run, loader: DataLoader[Any], progress: tqdm, stop_after: int | None, signals: StopSignals) -> None:
+    """Do the updates of this start of the run: to its end, to where it was asked to stop, or until a signal comes."""
+    recipe, accelerator, state = run.recipe, run.accelerator, run.state
+    if state.update == 0:
+        probe(run)
+    stop_at = min(run.total_updates, state.update + (stop_after or run.total_updates))
+    batches = iter(loader)
+    since, images_since = time.monotonic(), 0
+    while state.update < stop_at and not signals.agreed(accelerator.state):
+        loss, skipped_names = forward_backward(run, batches)
+        grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), recipe.max_grad_norm or math.inf)
+        # All processes hold the same averaged gradients here, so they decide alike.
+        finite = is_finite(grad_norm)
+        if finite or accelerator.scaler is not None:  # the scaler skips by itself, and learns from it
+            run.optimizer.step()
+        run.optimizer.zero_grad()
+        learning_rate = run.optimizer.param_groups[0]["lr"]
+        run.scheduler.step()
+        state.record_update(finite, recipe.stop_after_skipped)
+        images_since += run.images_per_update
+        report_skips(run, progress, finite, skipped_names)
+
+        if due(run, recipe.log_every) or not finite:
+            speed = images_since / (time.monotonic() - since)
+            log_update(run, progress, loss, learning_rate, grad_norm, speed)
+            since, images_since = time.monotonic(), 0
+        aside = time.monotonic()
+        if due(run, recipe.probe_every * (run.updates_per_epoch or 0)):
+            probe(run)
+        if due(run, recipe.validate_every):
+            measure(run)
+        if due(run, recipe.save_every):
+            save(run)
+        since += time.monotonic() - aside
+        progress.update()
+
+
 def forward_backward(run: Run, batches: Iterator[dict[str, Any]]) -> tuple[torch.Tensor, list[str]]:
     """Gradients of one update; returns its mean loss on this process, and the names of unreadable images."""
     accelerator, passes = run.accelerator, run.recipe.gradient_accumulation_steps
@@ -508,9 +396,9 @@ def forward_backward(run: Run, batches: Iterator[dict[str, Any]]) -> tuple[torch
     return total, skipped_names
 
 
-def due(run: Run, every: int, end: int) -> bool:
-    """Whether something done every so many updates (0: never), and at the end, is to be done now."""
-    return every > 0 and (run.state.update % every == 0 or run.state.update == end)
+def due(run: Run, every: int) -> bool:
+    """Whether something done every so many updates (0: never), and at the end of the run, is to be done now."""
+    return every > 0 and (run.state.update % every == 0 or run.state.update == run.total_updates)
 
 
 def report_skips(run: Run, progress: tqdm, finite: bool, skipped_names: list[str]) -> None:
@@ -608,6 +496,7 @@ def save(run: Run) -> None:
             trainer_state=trainer_state,
             keep=run.recipe.keep_checkpoints,
         )
+    run.saved_update = state.update
     accelerator.wait_for_everyone()
 
 
@@ -811,13 +700,13 @@ def print_results(run: Run, config: GreenSwinConfig, written: list[str], seconds
     )
 
 
-def stopped_early(run: Run) -> int:
-    if run.recipe.save_every == 0:
+def stopped_early(run: Run, signals: StopSignals) -> int:
+    if run.saved_update != run.state.update:
         save(run)
-    launcher = "python" if run.accelerator.num_processes == 1 else "accelerate launch (as before)"
+    reason = f"on {signals.received}" if signals.received else "as asked"
     run.accelerator.print(
-        f"Stopped after update {run.state.update:,} of {run.total_updates:,} as asked. Go on with: "
-        f"{launcher} {sys.argv[0]} --output-dir {run.output} --resume auto"
+        f"Stopped after update {run.state.update:,} of {run.total_updates:,} {reason}. Go on with: "
+        f"{how_to_go_on(run.output, run.accelerator.num_processes)}"
     )
     run.accelerator.end_training()
     return 0

@@ -7,13 +7,15 @@ run stands) and `checksums.json` (size and SHA-256 of every other file, written 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,31 +35,50 @@ _WEIGHTS, _TENSORS, _PROGRESS, _CHECKSUMS = (
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Make the folder `target` by `write(folder)`: whole or not at all.
+    """Make the folder `target` by `write(folder)` and add the checksums of its files: whole or not at all.
 
-    The files go to a hidden folder beside `target`, reach the disk, and only then get their name. A folder that has
-    the name already is kept under another one (`….replaced-1`). When `write` fails, nothing is left behind.
+    As `new_folder`.
 
     Raises:
         OSError: it could not be written, for whatever reason; the message names it.
+    """
+    try:
+        with new_folder(target) as folder:
+            write(folder)
+            (folder / _CHECKSUMS).write_text(json.dumps(_checksums(folder), indent=1))
+    except Exception as error:  # writers of tensors raise their own kinds when the disk is full
+        raise OSError(f"{target} cannot be written: {_one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write to that becomes `target` at the end of the block: whole or not at all.
+
+    The files go to a hidden folder beside `target`, reach the disk, and only then get their name. A folder that has
+    the name already is kept under another one (`….replaced-1`), an empty one goes. When the block fails, nothing is
+    left behind.
     """
     partial = target.with_name(f".{target.name}{_PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        write(partial)
-        (partial / _CHECKSUMS).write_text(json.dumps(_checksums(partial), indent=1))
+        yield partial
         for path in partial.rglob("*"):
             _flush_to_disk(path)
         _flush_to_disk(partial)
         if target.exists():
-            target.rename(_unused_name(target, "replaced"))
+            _make_way(target)
         partial.rename(target)
         _flush_to_disk(target.parent)
-    except Exception as error:  # writers of tensors raise their own kinds when the disk is full
-        raise OSError(f"{target} cannot be written: {_one_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _make_way(target: Path) -> None:
+    if target.is_dir() and not any(target.iterdir()):
+        target.rmdir()
+    else:
+        target.rename(_unused_name(target, "replaced"))
 
 
 def replace_files(folder: Path, write: Callable[[Path], None], last: str = _WEIGHTS) -> list[str]:
@@ -179,11 +200,27 @@ def find_damage(path: Path) -> str | None:
         return f"{_CHECKSUMS} cannot be read ({type(error).__name__})"
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+@dataclass(frozen=True)
+class CheckpointFormat:
+    """How checkpoints of a kind are found.
+
+    Attributes:
+        list_in: those in a folder, oldest first, whether they are whole or not.
+        find_damage: what is wrong with one, in words; None for a whole one.
+    """
+
+    list_in: Callable[[Path], list[Path]]
+    find_damage: Callable[[Path], str | None]
+
+
+OWN_FORMAT = CheckpointFormat(list_checkpoints, find_damage)
+
+
+def newest_checkpoint(folder: Path, checkpoints: CheckpointFormat = OWN_FORMAT) -> tuple[Path | None, dict[Path, str]]:
     """The newest whole checkpoint in `folder` (None: there is none) and, of each newer one, what is wrong with it."""
     damaged: dict[Path, str] = {}
-    for path in reversed(list_checkpoints(folder)):
-        damage = find_damage(path)
+    for path in reversed(checkpoints.list_in(folder)):
+        damage = checkpoints.find_damage(path)
         if damage is None:
             return path, damaged
         damaged[path] = damage
@@ -280,11 +317,14 @@ def _unused_name(path: Path, reason: str) -> Path:
 
 
 __all__ = [
+    "OWN_FORMAT",
+    "CheckpointFormat",
     "checkpoint_step",
     "find_damage",
     "list_checkpoints",
     "listed",
     "load_weights",
+    "new_folder",
     "newest_checkpoint",
     "prepare_checkpoints",
     "random_state",

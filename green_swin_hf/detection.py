@@ -7,7 +7,6 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,7 +19,6 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from .configuration_green_swin import GreenSwinConfig
 from .modeling_green_swin import GreenSwinBackbone
-from .training import _quiet_transformers
 
 _SETTINGS, _WEIGHTS = "detector.json", "model.safetensors"
 _BOX_RESOLUTION, _MASK_RESOLUTION = 7, 14
@@ -198,38 +196,6 @@ def load_detector(folder: str | os.PathLike[str]) -> GreenSwinMaskRCNN:
     return model.eval()
 
 
-def load_backbone(folder: str | os.PathLike[str], **changes: Any) -> GreenSwinBackbone:
-    """A backbone with the weights of a folder (or a repository on the Hub): a GreenSwin of any kind, or a stock Swin.
-
-    All stages are in its output; the norms of the feature maps start anew where the folder has none.
-
-    Args:
-        folder: what `from_pretrained` takes.
-        changes: of the configuration, such as `drop_path_rate`.
-
-    Raises:
-        ValueError: the folder does not load, or holds no encoder.
-    """
-    name = os.fspath(folder)
-    if name.startswith((".", "~", os.sep)) and not Path(name).exists():
-        raise ValueError(f"--init-from {name} does not exist; give a folder with a model, or a name on the Hub")
-    try:
-        with _quiet_transformers():
-            config = GreenSwinConfig.from_pretrained(name, **changes)
-            config.out_features = config.stage_names[1:]
-            loaded: Any = GreenSwinBackbone.from_pretrained(name, config=config, output_loading_info=True)
-    except Exception as error:  # readers of files that are no weights raise what they like
-        raise ValueError(f"--init-from {name} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    backbone, report = loaded
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith("hidden_states_norms."))
-    if missing:
-        raise ValueError(
-            f"--init-from {name} lacks {len(missing)} weights of an encoder, such as {missing[0]}; "
-            "give a folder with a GreenSwin or a stock Swin"
-        )
-    return backbone
-
-
 def new_backbone(config: GreenSwinConfig) -> GreenSwinBackbone:
     """A backbone with new weights and all stages in its output."""
     config.out_features = config.stage_names[1:]
@@ -245,7 +211,6 @@ __all__ = [
     "DetectorSettings",
     "GreenSwinMaskRCNN",
     "PyramidBackbone",
-    "load_backbone",
     "load_detector",
     "new_backbone",
     "total_loss",

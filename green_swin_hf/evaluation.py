@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +29,9 @@ from .feature_probes import (
     random_encoder,
 )
 from .image_decoding import ColorMode
+from .image_sources import looks_local
 from .modeling_green_swin import GreenSwinForImageClassification, GreenSwinModel
-from .training import _quiet_transformers
+from .pretrained_start import quiet_transformers
 
 RAW_PIXELS, RANDOM_ENCODER, MODEL = "raw pixels", "random encoder", "model"
 
@@ -66,10 +66,10 @@ def read_config(folder: str) -> PretrainedConfig:
     Raises:
         ValueError: there is none, or it is of another kind of model.
     """
-    if not Path(folder).exists() and (folder.startswith((".", "~", os.sep)) or folder.count("/") > 1):
+    if looks_local(folder) and not Path(folder).exists():
         raise ValueError(f"model folder {folder} does not exist; give one with a model, or a name on the Hub")
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # of files, of the network, and of configurations that contradict themselves
         raise ValueError(f"model {folder} cannot be read: {_one_line(error)}") from None
@@ -120,7 +120,7 @@ def load_classifier(folder: str, device: torch.device | str = "cpu") -> GreenSwi
 
 def _load(kind: Any, folder: str, device: torch.device | str) -> Any:
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, report = kind.from_pretrained(folder, output_loading_info=True)
     except Exception as error:  # readers of files that are no weights raise what they like
         raise ValueError(f"model {folder} cannot be loaded: {_one_line(error)}") from None
@@ -183,16 +183,15 @@ def class_accuracies(scores: Tensor, labels: Tensor, class_names: Sequence[str])
         labels: [N] int64.
         class_names: in the order of the scores.
     """
-    classes = len(class_names)
-    counts = torch.bincount(labels * classes + scores.argmax(dim=1), minlength=classes**2).view(classes, classes)
+    predictions = scores.argmax(dim=1)
     rows = []
-    for index, (name, predicted) in enumerate(zip(class_names, counts, strict=True)):
-        right = torch.arange(int(predicted.sum())) < predicted[index]
-        wrong = predicted.clone()
-        wrong[index] = 0
+    for index, name in enumerate(class_names):
+        predicted = predictions[labels == index]
+        wrong = predicted[predicted != index].bincount(minlength=len(class_names))
         mistakes, most = wrong.max(dim=0)
         mistaken_for = class_names[int(most)] if mistakes else None
-        rows.append(ClassAccuracy(name, Accuracy.of(right) if len(right) else None, mistaken_for, int(mistakes)))
+        accuracy = Accuracy.of(predicted == index) if len(predicted) else None
+        rows.append(ClassAccuracy(name, accuracy, mistaken_for, int(mistakes)))
     return rows
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
 from torchvision.transforms import v2
@@ -24,77 +21,20 @@ from .finetuning_recipe import NO_MODEL, FinetuningRecipe
 from .image_processing_green_swin import GreenSwinImageProcessor
 from .labelled_images import LabelledImages, label_budget
 from .modeling_green_swin import GreenSwinForImageClassification
-from .training import _quiet_transformers
-
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-
-
-def load_classifier(folder: str, class_names: Sequence[str], **changes: Any) -> GreenSwinForImageClassification:
-    """A classifier with the encoder of a folder or of a model on the Hub; with its head where the classes are the same.
-
-    Args:
-        folder: of a GreenSwin of any class, or of a stock Swin.
-        class_names: the classes, in the order of the labels.
-        **changes: fields of the configuration, such as `drop_path_rate`.
-
-    Raises:
-        ValueError: nothing there, nothing that loads, no whole encoder, or another geometry than `changes` ask for.
-    """
-    if os.fspath(folder).startswith((".", "~", os.sep)) and not Path(folder).exists():
-        raise ValueError(f"--model {folder} does not exist; give a folder with a model, a name on the Hub, or none")
-    changes = {**changes, **class_entries(class_names)}
-    try:
-        with _quiet_transformers():
-            same_classes = _class_names(GreenSwinConfig.from_pretrained(folder)) == tuple(class_names)
-            loaded: Any = GreenSwinForImageClassification.from_pretrained(
-                folder, output_loading_info=True, ignore_mismatched_sizes=True, **changes
-            )
-    except Exception as error:  # readers of files that are no weights raise what they like
-        raise ValueError(f"--model {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    model, report = loaded
-    _refuse_other_geometry(folder, report)
-    if not same_classes:
-        model.classifier = nn.Linear(model.config.hidden_size, len(class_names))
-        model._init_weights(model.classifier)
-    return model
-
-
-def _refuse_other_geometry(folder: str, report: dict[str, Any]) -> None:
-    """Raise a `ValueError` when anything but the head was missing or of another shape."""
-    mismatched = sorted(entry for entry in report["mismatched_keys"] if not entry[0].startswith("classifier."))
-    if mismatched:
-        name, found, wanted = mismatched[0]
-        raise ValueError(
-            f"--model {folder} does not fit: {name} is {list(found)} there and {list(wanted)} here; leave out "
-            "image_size and num_channels, or give those that it was made with"
-        )
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith("classifier."))
-    if missing:
-        raise ValueError(
-            f"--model {folder} lacks {len(missing)} weights of a Swin, such as {missing[0]}; give the folder of a "
-            "GreenSwin or a Swin"
-        )
-
-
-def class_entries(class_names: Sequence[str]) -> dict[str, Any]:
-    """`id2label` and `label2id` of a configuration."""
-    return {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
-
-
-def _class_names(config: GreenSwinConfig) -> tuple[str, ...]:
-    names: dict[Any, str] = dict(config.id2label or {})
-    return tuple(names[index] for index in range(len(names)))
+from .pretrained_start import class_entries, load_for_finetuning, quiet_transformers
 
 
 def build_classifier(recipe: FinetuningRecipe, class_names: Sequence[str]) -> GreenSwinForImageClassification:
     """The model that a recipe starts from.
 
     Raises:
-        ValueError: as `load_classifier`; fields of the recipe contradict each other, or the model's.
+        ValueError: as `load_for_finetuning`; fields of the recipe contradict each other, or the model's.
     """
     if recipe.from_scratch:
         return GreenSwinForImageClassification(recipe.model_config(**class_entries(class_names)))
-    model = load_classifier(recipe.model, class_names, drop_path_rate=recipe.drop_path_rate, **_image_changes(recipe))
+    model = load_for_finetuning(
+        recipe.model, class_names, drop_path_rate=recipe.drop_path_rate, **_image_changes(recipe)
+    )
     for name, wanted in recipe.config_changes().items():
         found = getattr(model.config, name)
         if _comparable(found) != _comparable(wanted):
@@ -163,7 +103,7 @@ def complete_recipe(recipe: FinetuningRecipe, config: GreenSwinConfig) -> Finetu
 
 
 def _processor_of(folder: str) -> Any:
-    with contextlib.suppress(OSError, ValueError), _quiet_transformers():
+    with contextlib.suppress(OSError, ValueError), quiet_transformers():
         return AutoImageProcessor.from_pretrained(folder)
     return None
 
@@ -286,34 +226,12 @@ class ClassificationTrainer(Trainer):
             self.data_collator, self.args.dataloader_drop_last = training, drop_last
 
 
-def newest_trainer_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that `Trainer` wrote to its end in `folder`; None without one."""
-    paths = [path for path in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name) and is_whole(path)]
-    return max(paths, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether `Trainer` wrote a checkpoint to its end: the file with its state is the last one."""
-    names = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt")
-    return all((checkpoint / name).is_file() for name in names) and count_processes(checkpoint) > 0
-
-
-def count_processes(checkpoint: Path) -> int:
-    """Processes of the run that wrote a checkpoint: each keeps the state of its random generators."""
-    return len(list(checkpoint.glob("rng_state*.pth")))
-
-
 __all__ = [
     "CentralCropTransform",
     "ClassificationTrainer",
     "build_classifier",
     "build_processor",
     "build_transforms",
-    "class_entries",
     "complete_recipe",
-    "count_processes",
-    "is_whole",
-    "load_classifier",
-    "newest_trainer_checkpoint",
     "split_off",
 ]

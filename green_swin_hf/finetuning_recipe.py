@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from .configuration_green_swin import GreenSwinConfig
@@ -111,6 +112,11 @@ class FinetuningRecipe(RecipeFile):
     def label_limit(self) -> float | int | None:
         """Share (float) or number (int) of images to train on; None for all."""
         return self.labels_share if self.label_budget is None else self.label_budget
+
+    def existing_paths(self, folder: Path = Path()) -> dict[str, Path]:
+        """As of every recipe; `none` as the model is no path."""
+        found = super().existing_paths(folder)
+        return {key: path for key, path in found.items() if key != "model" or not self.from_scratch}
 
     def with_flags(self, flags: dict[str, Any]) -> FinetuningRecipe:
         """The recipe with flags on top.

@@ -99,13 +99,14 @@ def _open_splits(name: str, streaming: bool, subset: str | None) -> Mapping[str,
         return _load("parquet", name, streaming, data_files=[str(path)])
     if path.is_dir():
         return _open_folder(path, name, streaming, subset)
-    if _looks_local(name):
+    if looks_local(name):
         raise ValueError(f"folder {name!r} does not exist; check the path, or give the name of a Hub data set")
     _check_hub(name)
     return _load(name, name, streaming, subset)
 
 
-def _looks_local(name: str) -> bool:
+def looks_local(name: str) -> bool:
+    """Whether a name is meant as a path rather than as a repository on the Hub."""
     starts_local = name in (".", "..") or name.startswith(("./", "../", "~")) or os.path.isabs(name)
     return starts_local or name.count("/") > 1 or "\\" in name or name.lower().endswith(".parquet")
 

@@ -56,6 +56,11 @@ class RecipeFile:
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
+    def existing_paths(self, folder: Path = Path()) -> dict[str, Path]:
+        """What the `path_keys` name that exists, relative to `folder` or absolute."""
+        named = {key: folder / value for key in self.path_keys if (value := getattr(self, key))}
+        return {key: path for key, path in named.items() if path.exists()}
+
     def to_dict(self) -> dict[str, Any]:
         """Keys and values in the order of the class, sequences as lists, without what is not set."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
@@ -95,8 +100,7 @@ def load_recipe(path: str | os.PathLike[str], kind: type[RecipeT]) -> RecipeT:
         recipe = kind().with_flags(entries)
     except ValueError as error:
         raise ValueError(f"recipe {path}: {error}") from None
-    named = {key: path.parent / getattr(recipe, key) for key in kind.path_keys if getattr(recipe, key)}
-    return recipe.replace(**{key: str(beside.resolve()) for key, beside in named.items() if beside.exists()})
+    return recipe.replace(**{key: str(beside.resolve()) for key, beside in recipe.existing_paths(path.parent).items()})
 
 
 def save_recipe(recipe: RecipeFile, path: str | os.PathLike[str]) -> None:

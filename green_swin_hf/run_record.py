@@ -17,6 +17,7 @@ Whatever was not known is missing. Paths of the machine are not in it, only thei
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -90,14 +91,18 @@ class RunRecord:
             write_record(self.folder, self.content)
 
     def stop(self, **facts: Any) -> None:
-        """Note the time and energy of this start (and say the latter), and what else is known at its end."""
+        """Note the time and energy of this start (and say the latter), and what else is known at its end.
+
+        Without facts it is the end of a start that brought no result; where the disk is full it is not noted.
+        """
         energy, self._energy = self._energy.stop() if self._energy else {}, None
         self._start["seconds"] = round(time.monotonic() - self._began, 1)
         if energy:
             self._start["energy"] = energy
             grams = f", {energy['co2_eq_grams']:.3g} g of CO2 equivalent" if "co2_eq_grams" in energy else ""
             print(f"Energy: about {energy['kwh']:.3g} kWh{grams} ({energy['source']})")
-        self.note(**facts)
+        with contextlib.nullcontext() if facts else contextlib.suppress(OSError):
+            self.note(**facts)
 
 
 def write_record(folder: Path, content: dict[str, Any]) -> None:

@@ -1,21 +1,64 @@
-"""How a training script starts: its folder, the checkpoint it goes on from, device, threads and precision."""
+"""How a training script starts: flags, folder, recipe, the checkpoint it goes on from, device, threads, precision."""
 
 from __future__ import annotations
 
+import argparse
 import os
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
+from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
-from .checkpointing import find_damage, list_checkpoints, newest_checkpoint
+from .checkpointing import OWN_FORMAT, CheckpointFormat, newest_checkpoint
+from .host_memory import keep_freed_memory
 from .optimization import native_bf16
-from .training import check_output_folder, unused_folder
+from .recipe_files import RecipeFile, RecipeT, add_recipe_flags, flag_overrides, load_recipe
+from .training import OneLineParser, check_output_folder, unused_folder
+
+RECIPE_FILE = "recipe.yaml"  # in an output folder: the settings of its run
+_TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 
 
-def find_run(output_dir: Path | None, resume: str | None, default: Path) -> tuple[Path, Path | None]:
+def run_parser(
+    description: str | None, kind: type[RecipeFile], recipe: Path, output: Path, *, stop_unit: str
+) -> OneLineParser:
+    """A parser with the flags that every training script has, and those of its kind of recipe.
+
+    Args:
+        description: docstring of the script, of which the first line is shown.
+        kind: of recipe, whose keys are flags.
+        recipe: the recipe file that is taken where none is given.
+        output: the output folder that is taken where none is given.
+        stop_unit: what `--stop-after` counts, "updates" or "epochs".
+    """
+    parser = OneLineParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--recipe", type=Path, help=f"YAML file (default: {recipe.name}); flags go on top")
+    parser.add_argument("--output-dir", type=Path, help=f"new folder for all results (default: {output}, …-2)")
+    parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
+    parser.add_argument(
+        "--stop-after", type=_count, metavar=stop_unit.upper(), help="save and stop after so many, to go on later"
+    )
+    parser.add_argument("--report-to", default="none", choices=_TRACKERS, help="also log there (default: none)")
+    add_recipe_flags(parser.add_argument_group("keys of the recipe"), kind)
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number and at least 1")
+    return int(text)
+
+
+def find_run(
+    output_dir: Path | None, resume: str | None, default: Path, checkpoints: CheckpointFormat = OWN_FORMAT
+) -> tuple[Path, Path | None]:
     """The output folder of a run, and the checkpoint to go on from (None: a new run). Makes nothing.
 
     Args:
@@ -23,11 +66,12 @@ def find_run(output_dir: Path | None, resume: str | None, default: Path) -> tupl
         resume: "auto" for the newest whole checkpoint of the run in the output folder (a folder without one starts a
             new run there), a checkpoint, the output folder of a run, or None.
         default: output folder where none is given.
+        checkpoints: how those of this kind of run look.
 
     Raises:
         ValueError: the folder is in use or cannot be made, or there is nothing to go on with.
     """
-    run, checkpoint = _find_checkpoint(output_dir, resume, default) if resume else (None, None)
+    run, checkpoint = _find_checkpoint(output_dir, resume, default, checkpoints) if resume else (None, None)
     output = output_dir or run or unused_folder(default)
     is_own = run is not None and output.resolve() == run.resolve()
     if output.is_dir() and any(output.iterdir()) and not is_own:
@@ -38,20 +82,22 @@ def find_run(output_dir: Path | None, resume: str | None, default: Path) -> tupl
     return output, checkpoint
 
 
-def _find_checkpoint(output_dir: Path | None, resume: str, default: Path) -> tuple[Path, Path | None]:
+def _find_checkpoint(
+    output_dir: Path | None, resume: str, default: Path, checkpoints: CheckpointFormat
+) -> tuple[Path, Path | None]:
     """The folder of the run to go on with and its checkpoint; with "auto" a run may have none yet."""
     is_auto = resume == "auto"
     path = (output_dir or _newest_output(default)) if is_auto else Path(resume)
-    if path in list_checkpoints(path.parent):
-        if damage := find_damage(path):
+    if path in checkpoints.list_in(path.parent):
+        if damage := checkpoints.find_damage(path):
             raise ValueError(f"checkpoint {path} is damaged: {damage}; --resume auto takes the newest whole one")
         return path.resolve().parents[1], path
     if not is_auto and not path.is_dir():
         raise ValueError(f"--resume {path} is no folder; give a checkpoint, a run's output folder, or auto")
-    checkpoint, damaged = newest_checkpoint(path / "checkpoints")
+    checkpoint, damaged = newest_checkpoint(path / "checkpoints", checkpoints)
     for passed_over, damage in damaged.items():
         process_state().print(f"Passed over and kept: {passed_over} is damaged ({damage})")
-    is_new = not path.exists() or not any(path.iterdir()) or (path / "log.jsonl").is_file()
+    is_new = not path.exists() or not any(path.iterdir()) or (path / RECIPE_FILE).is_file()
     if checkpoint is None and not (is_auto and is_new):
         raise ValueError(f"--resume: {path} holds no whole checkpoint; give another, or none")
     if checkpoint is None:
@@ -65,30 +111,98 @@ def _newest_output(default: Path) -> Path:
     return default if number < 2 else default.with_name(f"{default.name}-{number}")
 
 
-def build_accelerator(precision: str, threads: int | None, resumed_threads: int | None = None) -> Accelerator:
-    """accelerate's accelerator, after the threads of this process are set and transformers' progress bars are off.
+def read_recipe(
+    arguments: Namespace, kind: type[RecipeT], output: Path, default: Path, before: RecipeT | None = None
+) -> RecipeT:
+    """The recipe of a run: its file, or what it went by before, with the flags on top and its paths absolute.
+
+    Args:
+        arguments: of `run_parser`.
+        kind: of recipe.
+        output: output folder of the run.
+        default: the recipe file that is taken where none is given.
+        before: the recipe of the run that is gone on with from a checkpoint.
+
+    Raises:
+        ValueError: a file or a value is wrong (see `load_recipe`).
+    """
+    own = output / RECIPE_FILE
+    if arguments.recipe:
+        recipe = load_recipe(arguments.recipe, kind)
+    elif before is not None:
+        recipe = before
+    else:  # a run that was stopped before its first checkpoint has its recipe all the same
+        recipe = load_recipe(own if arguments.resume and own.is_file() else default, kind)
+    flags = flag_overrides(arguments, kind)
+    recipe = recipe.with_flags(flags) if before is None else recipe.replace(**flags)
+    # so that the run goes on from another working directory, too
+    return recipe.replace(**{name: os.path.abspath(path) for name, path in recipe.existing_paths().items()})
+
+
+def refuse_changes(
+    before: RecipeFile | None, recipe: RecipeFile, facts: Mapping[str, tuple[Any, Any]] | None = None
+) -> None:
+    """Raise a `ValueError` when a run would go on with settings that make it another run.
+
+    Args:
+        before: recipe of the run that is gone on with; None for a new run.
+        recipe: the one to go on with.
+        facts: of the data and the processes, each as it was and as it is.
+    """
+    if before is None:
+        return
+    changed_facts = {name: pair for name, pair in (facts or {}).items() if pair[0] != pair[1]}
+    changes = {**before.differences(recipe), **changed_facts}
+    if changes:
+        shown = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changes.items())
+        raise ValueError(f"--resume cannot change the run: {shown}; leave these as they were, or start a new run")
+
+
+def set_up_process(precision: str, threads: int | None, resumed_threads: int | None = None) -> str:
+    """Set the threads and the memory of this process, and turn off transformers' and datasets' progress bars.
 
     Args:
         precision: "auto" (bf16 where native, else fp32), "fp32", "bf16" or "fp16".
         threads: of this process on the CPU; None for an equal share of all cores.
         resumed_threads: of the run that is gone on with; sums over another number of threads differ in their last bits.
 
+    Returns:
+        The precision: "fp32", "bf16" or "fp16".
+
     Raises:
         ValueError: more threads than make sense, or fp16 on the CPU.
     """
-    device, cores = process_state().device, available_cores()
+    state, cores = process_state(), available_cores()
     if threads and threads > 8 * cores:
         raise ValueError(f"threads {threads} must be at most 8 for each of the {cores} cores")
-    if precision == "fp16" and device.type == "cpu":
+    if precision == "fp16" and state.device.type == "cpu":
         raise ValueError("precision 'fp16' needs a GPU; give --precision bf16 or fp32")
-    if threads or device.type == "cpu":
+    if threads or state.device.type == "cpu":
         # `accelerate launch` may leave a process on the CPU fewer threads than there are cores.
         share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.set_num_threads(threads or resumed_threads or share)
+    if state.device.type == "cpu":
+        keep_freed_memory()
     transformers_logging.disable_progress_bar()  # of loading weights: a run has a bar of its own
-    automatic = "bf16" if native_bf16(device) else "fp32"
-    chosen = automatic if precision == "auto" else precision
-    return Accelerator(mixed_precision="no" if chosen == "fp32" else chosen)
+    if not state.is_main_process or not sys.stderr.isatty():
+        _quiet_datasets()
+    automatic = "bf16" if native_bf16(state.device) else "fp32"
+    return automatic if precision == "auto" else precision
+
+
+def _quiet_datasets() -> None:
+    import datasets  # not needed by every script
+
+    datasets.disable_progress_bars()
+
+
+def build_accelerator(precision: str, report_to: str, output: Path) -> Accelerator:
+    """accelerate's accelerator for a precision that `set_up_process` gave, with a tracker that writes to `output`."""
+    return Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=None if report_to == "none" else report_to,
+        project_dir=output,
+    )
 
 
 def process_state() -> PartialState:
@@ -100,4 +214,30 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-__all__ = ["available_cores", "build_accelerator", "find_run", "process_state"]
+def progress_bar(total: int, done: int, *, shown: bool) -> tqdm:
+    """A bar over the updates of a run; it draws seldom where nobody watches."""
+    return tqdm(
+        total=total, initial=done, disable=not shown, unit="update",
+        mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True, smoothing=0.05,
+    )  # fmt: skip
+
+
+def how_to_go_on(output: Path, num_processes: int) -> str:
+    """The command that goes on with a run."""
+    launcher = "python" if num_processes == 1 else "accelerate launch (as before)"
+    return f"{launcher} {sys.argv[0]} --output-dir {output} --resume auto"
+
+
+__all__ = [
+    "RECIPE_FILE",
+    "available_cores",
+    "build_accelerator",
+    "find_run",
+    "how_to_go_on",
+    "process_state",
+    "progress_bar",
+    "read_recipe",
+    "refuse_changes",
+    "run_parser",
+    "set_up_process",
+]

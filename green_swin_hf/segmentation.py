@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,48 +11,12 @@ from torch.nn.functional import cross_entropy, interpolate
 from torch.utils.data import Sampler
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from transformers import EvalPrediction, Trainer, UperNetConfig, UperNetForSemanticSegmentation
-from transformers.utils import logging as transformers_logging
 
-from .configuration_green_swin import GreenSwinConfig
 from .data import EpochSampler
 from .modeling_green_swin import GreenSwinBackbone
 from .segmentation_data import IGNORED_LABEL
 
 _AUXILIARY_STAGE = 3  # UperNet's auxiliary head reads the third feature map
-
-
-def load_pretrained_backbone(folder: str | os.PathLike[str], **changes: Any) -> GreenSwinBackbone:
-    """A backbone with the weights of a folder (or a repository on the Hub), all stages in its output.
-
-    The norms behind the stages, which pretraining has not, start as new ones.
-
-    Args:
-        folder: of any GreenSwin, or of a stock Swin with its published parameter names.
-        changes: fields of `GreenSwinConfig` that differ from the folder's, such as `drop_path_rate`.
-
-    Raises:
-        ValueError: the folder does not load, or holds no Swin encoder.
-    """
-    if os.fspath(folder).startswith((".", "~", os.sep)) and not Path(folder).exists():
-        raise ValueError(f"--init-from {folder} does not exist; give a folder with a model, or a name on the Hub")
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # its report of new norms is no news
-    try:
-        config = GreenSwinConfig.from_pretrained(folder, **changes)
-        config.out_features = config.stage_names[1:]
-        loaded: Any = GreenSwinBackbone.from_pretrained(folder, config=config, output_loading_info=True)
-    except Exception as error:  # readers of files that are no weights raise what they like
-        raise ValueError(f"--init-from {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    finally:
-        transformers_logging.set_verbosity(level)
-    backbone, report = loaded
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith("hidden_states_norms."))
-    if missing:
-        raise ValueError(
-            f"--init-from {folder} lacks {len(missing)} weights of a Swin encoder, such as {missing[0]}; give the "
-            "folder of a GreenSwin or of a stock Swin"
-        )
-    return backbone
 
 
 def build_upernet(
@@ -211,6 +173,5 @@ __all__ = [
     "commonest_class_scores",
     "count_pixels",
     "enlarged_logits",
-    "load_pretrained_backbone",
     "segmentation_scores",
 ]

@@ -19,9 +19,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers.utils import logging as transformers_logging
 
-from .configuration_green_swin import GreenSwinConfig
 from .data import (
     EpochSampler,
     EvaluationTransform,
@@ -31,7 +29,7 @@ from .data import (
     StreamingPretrainingImages,
     seeded_generator,
 )
-from .modeling_green_swin import GreenSwinForMaskedImageModeling, patchify, unit_statistics
+from .modeling_green_swin import patchify, unit_statistics
 
 
 class UpdateBatches(Sampler[list[int]]):
@@ -239,55 +237,6 @@ def fixed_batches(
     return [collator(samples[start : start + batch_size]) for start in range(0, len(samples), batch_size)]
 
 
-def load_for_continued_training(
-    folder: str | os.PathLike[str], config: GreenSwinConfig
-) -> GreenSwinForMaskedImageModeling:
-    """A model with the weights of a folder (or a repository on the Hub) as a start; a missing decoder stays random.
-
-    Args:
-        folder: of a GreenSwin, or of a stock Swin with its published parameter names.
-        config: of the model that is to be trained.
-
-    Raises:
-        ValueError: the folder does not load, is of another shape than `config`, or holds no encoder.
-    """
-    if os.fspath(folder).startswith((".", "~", os.sep)) and not Path(folder).exists():
-        raise ValueError(f"--init-from {folder} does not exist; give a folder with a model, or a name on the Hub")
-    try:
-        with _quiet_transformers():
-            loaded: Any = GreenSwinForMaskedImageModeling.from_pretrained(
-                folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-    except Exception as error:  # readers of files that are no weights raise what they like
-        raise ValueError(f"--init-from {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    model, report = loaded
-    if report["mismatched_keys"]:
-        # an encoder's weight says more than the decoder's, whose sizes follow
-        mismatched = sorted(report["mismatched_keys"], key=lambda entry: (not entry[0].startswith("swin."), entry[0]))
-        name, found, wanted = mismatched[0]
-        raise ValueError(
-            f"--init-from {folder} does not fit the recipe: {name} is {list(found)} there and {list(wanted)} here; "
-            "give the variant, patch_size, window_size, image_size and num_channels that it was made with"
-        )
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith("decoder."))
-    if missing:
-        raise ValueError(
-            f"--init-from {folder} lacks {len(missing)} weights of the recipe's encoder, such as {missing[0]}; "
-            "give the variant and depths that it was made with"
-        )
-    return model
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-
-
 @torch.no_grad()
 def held_out_loss(model: nn.Module, batches: Iterable[dict[str, Any]], device: torch.device) -> float:
     """Mean loss over images whose masks are part of the batches, so that it compares between moments of a run."""
@@ -352,19 +301,25 @@ def one_line_errors(program: str) -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+def last_line(error: Exception) -> str:
+    """What an error says; of one that comes out of a loader's worker, without the worker's traceback."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].removeprefix(f"{type(error).__name__}: ")
+
+
 def check_tracker(name: str) -> None:
     """Raise a `ValueError` when the package of a tracker is not installed."""
     if name != "none" and importlib.util.find_spec(name) is None:
         raise ValueError(f"--report-to {name} needs the package {name}; install it: pip install {name}")
 
 
-def check_output_folder(folder: Path) -> None:
-    """Raise a `ValueError` unless the folder can be made or written to. Makes nothing."""
+def check_output_folder(folder: Path, flag: str = "--output-dir") -> None:
+    """Raise a `ValueError` that names the flag unless the folder can be made or written to. Makes nothing."""
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not existing.is_dir():
-        raise ValueError(f"output folder {folder} cannot be made: {existing} is a file; give another --output-dir")
+        raise ValueError(f"output folder {folder} cannot be made: {existing} is a file; give another {flag}")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"output folder {folder} cannot be written: no permission in {existing}; change --output-dir")
+        raise ValueError(f"output folder {folder} cannot be written: no permission in {existing}; change {flag}")
 
 
 def unused_folder(folder: Path) -> Path:
@@ -389,7 +344,7 @@ __all__ = [
     "held_out_loss",
     "hold_out",
     "is_finite",
-    "load_for_continued_training",
+    "last_line",
     "mean_prediction_loss",
     "model_inputs",
     "one_line_errors",

@@ -4,6 +4,10 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=2, help="how often a pretraining run is killed in test_survival.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)

@@ -14,13 +14,13 @@ from green_swin_hf.coco_data import CocoImages, collate_detection, encode_mask, 
 from green_swin_hf.detection import (
     DetectorSettings,
     GreenSwinMaskRCNN,
-    load_backbone,
     load_detector,
     new_backbone,
     total_loss,
 )
 from green_swin_hf.detection_metrics import Detections, coco_results, detect, mean_average_precision
 from green_swin_hf.optimization import parameter_groups
+from green_swin_hf.pretrained_start import load_backbone
 
 CPU = torch.device("cpu")
 TINY = DetectorSettings(
@@ -177,7 +177,7 @@ def test_weights_to_start_from_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_backbone(tmp_path)
     build().save_pretrained(tmp_path / "detector")
-    with pytest.raises(ValueError, match=r"lacks .* weights of an encoder"):
+    with pytest.raises(ValueError, match=r"lacks .* weights of a Swin encoder"):
         load_backbone(tmp_path / "detector")
 
 

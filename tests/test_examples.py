@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ from transformers import SwinConfig, SwinModel
 from green_swin_hf import publish
 from green_swin_hf.checkpointing import list_checkpoints, read_trainer_state, read_training_state
 from green_swin_hf.optimization import cosine_factor
+from green_swin_hf.pretraining_recipe import PretrainingRecipe
+from green_swin_hf.recipe_files import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAIN = ROOT / "examples" / "pretrain.py"
@@ -154,7 +157,7 @@ def test_the_processor_prepares_images_as_validation_does(grey_images, tmp_path)
     uint8 = torch.frombuffer(bytearray(image.convert("L").tobytes()), dtype=torch.uint8).view(1, 28, 28)
     pixels = processor(image, return_tensors="pt").pixel_values[0]
     expected = transform(uint8) * 0.5 + 0.5
-    recipe = pretrain.load_recipe(tmp_path / "run" / "recipe.yaml", pretrain.PretrainingRecipe)
+    recipe = load_recipe(tmp_path / "run" / "recipe.yaml", PretrainingRecipe)
     torch.testing.assert_close(pixels * recipe.pixel_std[0] + recipe.pixel_mean[0], expected, atol=1 / 254, rtol=0)
 
 
@@ -175,6 +178,29 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(grey_images, tmp_pa
     for before, after in zip(*(state["optimizer"]["state"].values() for state in states), strict=True):
         assert_same(before, after)
     assert torch.equal(*(state["random_states"][0]["torch"] for state in states))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_ends_a_run_after_its_update_and_it_goes_on_exactly(grey_images, tmp_path, capsys, monkeypatch, name):
+    flags = ["--data", grey_images, *TINY, "--drop-path-rate", 0.2, "--max-steps", 6, "--log-every", 1]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_pretrain("--output-dir", whole, *flags) == 0
+    log_update = pretrain.log_update
+
+    def signalled(run, *arguments):
+        log_update(run, *arguments)
+        if run.state.update == 2:
+            os.kill(os.getpid(), signal.Signals[name])
+
+    monkeypatch.setattr(pretrain, "log_update", signalled)
+    capsys.readouterr()
+    assert run_pretrain("--output-dir", parts, *flags) == 0
+    assert f"Stopped after update 2 of 6 on {name}. Go on with: python" in capsys.readouterr().out
+    assert [path.name for path in list_checkpoints(parts / "checkpoints")] == ["step-00000002"]
+    monkeypatch.undo()
+    assert run_pretrain("--output-dir", parts, "--resume", "auto") == 0
+    assert_same(weights(whole), weights(parts))
+    assert training_losses(whole) == training_losses(parts)
 
 
 def test_resuming_passes_over_damage_and_refuses_changes(grey_images, tmp_path, capsys):

@@ -1,8 +1,10 @@
 """Fine-tuning a classifier as a user does it: what a run starts from, learns from, leaves, and says to wrong input."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -20,11 +22,13 @@ from transformers import AutoImageProcessor, SwinConfig, SwinForImageClassificat
 
 from green_swin_hf import GreenSwinForImageClassification, GreenSwinForMaskedImageModeling
 from green_swin_hf.data import EvaluationTransform
-from green_swin_hf.finetuning import build_processor, build_transforms, load_classifier
+from green_swin_hf.finetuning import build_processor, build_transforms
 from green_swin_hf.finetuning_recipe import FinetuningRecipe
 from green_swin_hf.image_decoding import decode_image
 from green_swin_hf.labelled_images import load_labelled_images
 from green_swin_hf.optimization import cosine_factor
+from green_swin_hf.pretrained_start import load_for_finetuning
+from green_swin_hf.trainer_runs import TrainerProgress
 
 ROOT = Path(__file__).resolve().parents[1]
 FINETUNE = ROOT / "examples" / "finetune.py"
@@ -167,6 +171,40 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(data, pretrained, t
     ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 15
+    left = json.loads((parts / "metrics.json").read_text())
+    moved = parts.rename(tmp_path / "moved")
+    assert run_finetune("--output-dir", moved, "--resume", "auto") == 0  # nothing is left to train
+    again = json.loads((moved / "metrics.json").read_text())
+    assert {**again, "seconds": 0} == {**left, "seconds": 0}
+    assert_same(weights(whole), weights(moved))
+
+
+def test_a_signal_ends_a_run_within_an_epoch_and_it_goes_on_exactly(data, pretrained, tmp_path, capsys, monkeypatch):
+    flags = ["--model", pretrained, *splits_of(data), *FLAGS, "--drop-path-rate", 0.3]
+    flags += ["--rand-augment", 9, "--mixup", 0.8, "--cutmix", 1, "--random-erasing", 0.5]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_finetune("--output-dir", whole, *flags) == 0
+    on_step_end = TrainerProgress.on_step_end
+
+    def signalled(self, args, state, *others, **more):
+        if state.global_step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        on_step_end(self, args, state, *others, **more)
+
+    monkeypatch.setattr(TrainerProgress, "on_step_end", signalled)
+    capsys.readouterr()
+    assert run_finetune("--output-dir", parts, *flags) == 0
+    assert "Stopped after update 7 of 10 on SIGTERM. Go on with: python" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert run_finetune("--output-dir", parts, "--resume", "auto") == 0
+    assert_same(*(weights(folder / "checkpoints" / "checkpoint-10") for folder in (whole, parts)))
+
+
+def test_resume_auto_starts_a_run_that_has_no_checkpoint_yet(data, pretrained, tmp_path, capsys):
+    flags = ["--model", pretrained, *splits_of(data), *FLAGS, "--epochs", 1, "--output-dir", tmp_path / "run"]
+    assert run_finetune(*flags, "--resume", "auto") == 0
+    assert "a new run starts there" in capsys.readouterr().out
+    assert log_of(tmp_path / "run")[-1]["step"] == 5
 
 
 def test_resuming_refuses_another_run(data, pretrained, tmp_path, capsys):
@@ -217,12 +255,12 @@ def test_a_run_starts_from_a_stock_swin_and_keeps_its_head_only_for_the_same_cla
     config = SwinConfig(**sizes, id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1})
     stock = SwinForImageClassification(config).eval()
     stock.save_pretrained(folder)
-    same = load_classifier(str(folder), ("cat", "dog"), drop_path_rate=0.3).eval()
+    same = load_for_finetuning(str(folder), ("cat", "dog"), drop_path_rate=0.3).eval()
     pixels = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(same(pixels).logits, stock(pixels).logits, atol=1e-5, rtol=1e-5)
     assert (same.config.model_type, same.config.drop_path_rate) == ("green_swin", 0.3)
     for names in (("dog", "cat"), ("a", "b", "c")):
-        other = load_classifier(str(folder), names)
+        other = load_for_finetuning(str(folder), names)
         query = "swin.encoder.layers.1.blocks.0.attention.self.query.weight"
         assert torch.equal(other.state_dict()[query], same.state_dict()[query])
         assert other.classifier.weight.shape[0] == other.config.num_labels == len(names)
@@ -290,7 +328,7 @@ WRONG_INPUT = {
     "no pretrained model": ("--recipe {recipe}", "outputs/pretrain is not here; run examples/pretrain.py first"),
     "no model there": (
         "--model {folder}/none",
-        "does not exist; give a folder with a model, a name on the Hub, or none",
+        "does not exist; give a folder with a model, or a name on the Hub, or none",
     ),
     "no model": ("--model {folder}", "cannot be loaded"),
     "other image size": ("--model {pretrained} --image-size 16", "leave out image_size"),

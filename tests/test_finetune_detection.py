@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,9 @@ from green_swin_hf.checkpointing import list_checkpoints
 from green_swin_hf.coco_data import CocoImages, collate_detection, load_coco
 from green_swin_hf.detection import load_detector
 from green_swin_hf.detection_metrics import coco_results, detect
+from green_swin_hf.detection_recipe import DetectionRecipe
 from green_swin_hf.drawn_shapes import load_photographs, write_coco_shapes
+from green_swin_hf.recipe_files import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "finetune_detection.py"
@@ -175,6 +178,29 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(shapes, tmp_path, c
     assert len(list_checkpoints(whole / "checkpoints")) == 2
 
 
+def test_a_signal_ends_a_run_within_an_epoch_and_it_goes_on_exactly(shapes, tmp_path, capsys, monkeypatch):
+    flags = [*given(shapes), *TINY, "--batch-size", 2, "--drop-path-rate", 0.3, "--log-every", 1]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_script("--output-dir", whole, *flags) == 0
+    log_update = script.log_update
+
+    def signalled(run, *arguments):
+        log_update(run, *arguments)
+        if run.state.update == run.updates_per_epoch + 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(script, "log_update", signalled)
+    capsys.readouterr()
+    assert run_script("--output-dir", parts, *flags) == 0
+    assert "on SIGTERM. Go on with: python" in capsys.readouterr().out
+    assert not (parts / "model.safetensors").exists()
+    monkeypatch.undo()
+    assert run_script("--output-dir", parts, "--resume", "auto") == 0
+    left, right = (load_file(folder / "model.safetensors") for folder in (whole, parts))
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    assert without_speed(read_log(whole)) == without_speed(read_log(parts))
+
+
 def test_starting_from_a_pretrained_folder_takes_its_weights_statistics_and_channels(shapes, tmp_path, capsys):
     torch.manual_seed(3)
     pretrained = GreenSwinForMaskedImageModeling(tiny_config(num_channels=1, patch_size=4, image_size=64))
@@ -189,7 +215,7 @@ def test_starting_from_a_pretrained_folder_takes_its_weights_statistics_and_chan
     assert capsys.readouterr().err == f"finetune_detection.py: error: {message}\n"
     assert run_script(*flags, "--output-dir", tmp_path / "run", "--num-channels", 1) == 0
     detector = load_detector(tmp_path / "run")
-    recipe = script.load_recipe(tmp_path / "run" / "recipe.yaml", script.DetectionRecipe)
+    recipe = load_recipe(tmp_path / "run" / "recipe.yaml", DetectionRecipe)
     assert (recipe.embed_dim, recipe.depths, recipe.drop_path_rate) == (
         8,
         (2, 2, 2),
@@ -314,6 +340,6 @@ def test_wrong_input_is_one_line_and_exit_code_2_and_writes_nothing(shapes, tmp_
 
 @pytest.mark.parametrize("name", ["coco_swin_base_window7", "drawn_shapes_tiny"])
 def test_the_recipes_make_detectors(name):
-    recipe = script.load_recipe(ROOT / f"examples/recipes/detection/{name}.yaml", script.DetectionRecipe)
+    recipe = load_recipe(ROOT / f"examples/recipes/detection/{name}.yaml", DetectionRecipe)
     config = recipe.model_config()
     recipe.detector_settings(("a", "b")).check_fits(config, config.num_layers)

@@ -9,48 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from green_swin_hf import GreenSwinConfig, GreenSwinForMaskedImageModeling, SparseGeometry, build_sparse_plan
+from green_swin_hf.weight_conversion_names import published_names, to_our_names
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 
-# Published name -> ours, where they differ. `qkv` is split; the index and the fixed positions are not parameters.
-RENAMED = [
-    ("decoder_embed.", "decoder.embed."),
-    ("mask_token", "decoder.mask_token"),
-    ("decoder_blocks.", "decoder.layers."),
-    ("decoder_norm.", "decoder.layernorm."),
-    ("decoder_pred.", "decoder.predictor."),
-    ("encoder.patch_embed.proj.", "swin.embeddings.patch_embeddings.projection."),
-    ("encoder.patch_embed.norm.", "swin.embeddings.norm."),
-    ("encoder.norm.", "swin.layernorm."),
-    ("encoder.layers.", "swin.encoder.layers."),
-    (".norm1.", ".layernorm_before."),
-    (".norm2.", ".layernorm_after."),
-    (".attn.relative_position_bias_table", ".attention.self.relative_position_bias_table"),
-]
-RENAMED_ENCODER = [
-    (".attn.proj.", ".attention.output.dense."),
-    (".mlp.fc1.", ".intermediate.dense."),
-    (".mlp.fc2.", ".output.dense."),
-]
-RENAMED_DECODER = [(".attn.proj.", ".output."), (".mlp.fc1.", ".up."), (".mlp.fc2.", ".down.")]
-
-
-def renamed(published: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Published state dict (or gradients) under our names."""
-    ours = {}
-    for name, tensor in published.items():
-        if "relative_position_index" in name or name == "decoder_pos_embed":
-            continue
-        is_encoder = name.startswith("encoder.")
-        for old, new in RENAMED + (RENAMED_ENCODER if is_encoder else RENAMED_DECODER):
-            name = name.replace(old, new, 1)
-        if ".attn.qkv." in name:
-            head = ".attention.self." if is_encoder else "."
-            for part, chunk in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                ours[name.replace(".attn.qkv.", f"{head}{part}.")] = chunk
-        else:
-            ours[name] = tensor
-    return ours
+# Parameters of the fixture: four stages of two blocks, a decoder of one.
+NAMES = published_names("greenmim", (2, 2, 2, 2), decoder_blocks=1)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +43,7 @@ def model() -> GreenSwinForMaskedImageModeling:
     model = GreenSwinForMaskedImageModeling(config)
     with torch.serialization.safe_globals([argparse.Namespace]):
         published = torch.load(GOLDEN / "img128_win4.pth", weights_only=True)["model"]
-    model.load_state_dict(renamed(published), strict=True)
+    model.load_state_dict(to_our_names(published, NAMES), strict=True)
     return model.eval()
 
 
@@ -128,7 +92,8 @@ def test_training_predicts_the_masked_units(model, expected, mask):
 def test_gradients(model, expected, mask, training):
     model.train(training)(expected["pixel_values"], bool_masked_pos=mask).loss.backward()
     parameters = dict(model.named_parameters())
-    gradients = renamed({name.removeprefix("grad."): g for name, g in expected.items() if name.startswith("grad.")})
+    published = {name.removeprefix("grad."): g for name, g in expected.items() if name.startswith("grad.")}
+    gradients = to_our_names(published, NAMES)
     assert len(gradients) == 15  # twelve published tensors and mask token, one of them a `qkv` in three
     for name, gradient in gradients.items():
         assert largest_error(parameters[name].grad, gradient) <= 1e-5, name

@@ -20,6 +20,7 @@ def pretrained(tmp_path, monkeypatch):
         ROOT / "examples" / "recipes" / "pretraining" / "fashion_mnist_tiny.yaml", PretrainingRecipe
     ).model_config()
     GreenSwinForMaskedImageModeling(config).save_pretrained(tmp_path / "outputs" / "pretrain")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")  # for the photographs
     monkeypatch.chdir(tmp_path)
 
 

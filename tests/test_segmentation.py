@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,13 +22,13 @@ from transformers import SegformerImageProcessor, SwinConfig, SwinModel, Trainin
 
 from green_swin_hf import GreenSwinBackbone, GreenSwinForMaskedImageModeling
 from green_swin_hf.drawn_shapes import load_photographs
+from green_swin_hf.pretrained_start import load_backbone
 from green_swin_hf.recipe_files import load_recipe
 from green_swin_hf.segmentation import (
     SegmentationTrainer,
     build_upernet,
     commonest_class_scores,
     count_pixels,
-    load_pretrained_backbone,
     segmentation_scores,
 )
 from green_swin_hf.segmentation_data import (
@@ -307,7 +308,7 @@ def pretrained(tmp_path_factory):
 
 
 def test_pretrained_weights_reach_upernet(pretrained):
-    backbone = load_pretrained_backbone(pretrained, drop_path_rate=0.3)
+    backbone = load_backbone(pretrained, drop_path_rate=0.3)
     model = build_upernet(backbone, ["a", "b", "c"], hidden_size=8, auxiliary_channels=8)
     assert model.config.backbone_config.model_type == "green_swin"
     assert model.config.backbone_config.drop_path_rate == 0.3
@@ -325,7 +326,7 @@ def test_stock_swin_reaches_upernet_and_other_folders_are_refused(tmp_path, pret
     config = SwinConfig(image_size=64, patch_size=4, embed_dim=8, depths=[1, 1, 1], num_heads=[1, 2, 2], window_size=4)
     stock = SwinModel(config)
     stock.save_pretrained(tmp_path / "swin")
-    backbone = load_pretrained_backbone(tmp_path / "swin")
+    backbone = load_backbone(tmp_path / "swin")
     assert backbone.config.model_type == "green_swin"
     torch.testing.assert_close(
         backbone.swin.embeddings.patch_embeddings.projection.weight,
@@ -337,9 +338,9 @@ def test_stock_swin_reaches_upernet_and_other_folders_are_refused(tmp_path, pret
     for folder, problem in (("nothing", "cannot be loaded"), ("upernet", "lacks|cannot be loaded")):
         (tmp_path / "nothing").mkdir(exist_ok=True)
         with pytest.raises(ValueError, match=problem):
-            load_pretrained_backbone(tmp_path / folder)
+            load_backbone(tmp_path / folder)
     with pytest.raises(ValueError, match="does not exist"):
-        load_pretrained_backbone(tmp_path / "nowhere")
+        load_backbone(tmp_path / "nowhere")
     two_stages = backbone_config(depths=(1, 1), num_heads=(1, 2), out_features=["stage1", "stage2"])
     with pytest.raises(ValueError, match="3 stages or more, this backbone has 2"):
         build_upernet(GreenSwinBackbone(two_stages), ["a", "b"])
@@ -479,11 +480,12 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(drawn, tmp_path):
     flags = ["--data", drawn, *TINY, "--drop-path-rate", 0.2, "--gradient-accumulation-steps", 2, "--batch-size", 2]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run_script(*flags, "--output-dir", whole) == 0
-    assert run_script(*flags, "--output-dir", parts) == 0
-    for path in parts.iterdir():  # what a run leaves that was stopped after its checkpoint of update 2
-        if path.is_file() and path.name != "recipe.yaml":
-            path.unlink()
-    (parts / "checkpoints" / "checkpoint-4" / "trainer_state.json").unlink()
+    assert run_script(*flags, "--output-dir", parts, "--stop-after", 1) == 0
+    assert run_script("--output-dir", parts, "--resume", "auto", "--stop-after", 1) == 0
+    assert not (parts / "metrics.json").exists()
+    broken = parts / "checkpoints" / "checkpoint-3"  # what a killed run leaves
+    shutil.copytree(parts / "checkpoints" / "checkpoint-2", broken)
+    (broken / "trainer_state.json").unlink()
     assert run_script("--output-dir", parts, "--resume", "auto") == 0
     last = [load_file(run / "checkpoints" / "checkpoint-4" / "model.safetensors") for run in (whole, parts)]
     for name, value in last[0].items():
@@ -594,7 +596,7 @@ WRONG_FLAGS = {
     "heads": ("--num-heads 1 2 3", "num_heads"),
     "no masks": ("--data {classes} --class-names {data}/classes.json", "has no column known to hold masks"),
     "flag": ("--learning-rat 1", "unrecognized arguments"),
-    "resume": ("--resume auto", "holds no whole checkpoint"),
+    "resume": ("--resume {data}", "holds no whole checkpoint"),
     "output in use": ("--output-dir {data}", "is not empty"),
 }
 

@@ -81,7 +81,7 @@ def pretrain(
     optimizer = build_optimizer(model, peak, weight_decay=recipe.weight_decay)
     schedule = cosine_schedule(optimizer, math.ceil(recipe.warmup * steps), steps)
     generator = seeded_generator(seed, _IMAGES)
-    losses, stopwatch = [], Stopwatch()
+    losses, stopwatch = torch.empty(steps, device=device), Stopwatch()
     for step in tqdm(range(steps), desc=f"pretraining, {method}, seed {seed}", mininterval=1, leave=False):
         epoch, place = divmod(step, per_epoch)
         if place == 0:
@@ -95,7 +95,7 @@ def pretrain(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        losses.append(loss.detach())
+        losses[step] = loss.detach()
     if device.type == "cuda":
         torch.cuda.synchronize()
     result = {"steps": steps, "epochs": epochs, **stopwatch.read(), "losses": _thinned(losses)}
@@ -104,7 +104,7 @@ def pretrain(
     return result
 
 
-def _thinned(losses: list[Tensor]) -> list[float]:
+def _thinned(losses: Tensor) -> list[float]:
     """Mean losses of equal parts of the training, in order."""
-    parts = torch.stack(losses).float().cpu().tensor_split(min(LOSSES_KEPT, len(losses)))
+    parts = losses.cpu().tensor_split(min(LOSSES_KEPT, len(losses)))
     return [round(part.mean().item(), 4) for part in parts]

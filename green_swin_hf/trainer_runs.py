@@ -1,0 +1,128 @@
+"""What runs with transformers' `Trainer` share: their checkpoints, their progress, and going on with them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
+
+from .checkpointing import CheckpointFormat, load_weights
+from .run_setup import progress_bar
+from .stop_signals import StopSignals
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_FILES = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt")
+
+
+def list_trainer_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of `Trainer` in `folder`, oldest first; whether they are whole is not looked at."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def find_trainer_damage(checkpoint: Path) -> str | None:
+    """What is missing in a checkpoint that `Trainer` wrote; None where it was written to its end."""
+    missing = [name for name in _FILES if not (checkpoint / name).is_file()]
+    if count_processes(checkpoint) == 0:
+        missing.append("rng_state.pth")
+    if missing:
+        return f"{', '.join(missing)} is missing"
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())  # written last
+    except (OSError, ValueError):
+        return "trainer_state.json cannot be read"
+    return None
+
+
+TRAINER_FORMAT = CheckpointFormat(list_trainer_checkpoints, find_trainer_damage)
+
+
+def count_processes(checkpoint: Path) -> int:
+    """Processes of the run that wrote a checkpoint: each keeps the state of its random generators."""
+    return len(list(checkpoint.glob("rng_state*.pth")))
+
+
+class TrainerProgress(TrainerCallback):
+    """A progress bar with the newest loss, a line for each measurement, and a stop after so many updates or a signal.
+
+    Args:
+        describe: text for what an evaluation logged.
+        stop_after: updates of this start of the run; None for all.
+    """
+
+    def __init__(self, describe: Callable[[dict[str, Any]], str], stop_after: int | None = None):
+        self.describe = describe
+        self.stop_after = stop_after
+        self.signals = StopSignals()
+        self.first_update = 0
+        self.bar = progress_bar(0, 0, shown=False)
+
+    def attach(self, trainer: Trainer) -> None:
+        """Take the place of what `Trainer` itself shows."""
+        for other in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(other)
+        trainer.add_callback(self)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.first_update = state.global_step
+        self.bar = progress_bar(state.max_steps, state.global_step, shown=state.is_world_process_zero)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+        is_asked = self.stop_after is not None and state.global_step - self.first_update >= self.stop_after
+        if self.signals.agreed(PartialState()) or is_asked:
+            control.should_training_stop = True
+            control.should_save = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **others: Any) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            shown = {"loss": f"{float(logs['loss']):.4f}", "lr": f"{float(logs['learning_rate']):.2e}"}
+            self.bar.set_postfix(shown, refresh=False)
+        if "eval_loss" in logs and not self.bar.disable:
+            self.bar.write(f"  epoch {state.epoch:.3g}: {self.describe(logs)}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.bar.close()
+
+    @property
+    def stop_reason(self) -> str:
+        """Why the run ended before its last update, to be read after "Stopped"."""
+        return f"on {self.signals.received}" if self.signals.received else "as asked"
+
+
+def train(trainer: Trainer, checkpoint: Path | None, progress: TrainerProgress) -> None:
+    """Train from the start or from a checkpoint, until the end or a signal, with `progress` attached to the trainer.
+
+    Of a checkpoint after the last update the best weights are put back: `Trainer` by itself does one update more.
+    """
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step >= trainer.args.max_steps:
+            # The folder of the run may have moved since.
+            best = checkpoint.parent / Path(state.best_model_checkpoint or checkpoint).name
+            load_weights(trainer.accelerator.unwrap_model(trainer.model), best)
+            trainer.state = state
+            return
+    with progress.signals:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+__all__ = [
+    "TRAINER_FORMAT",
+    "TrainerProgress",
+    "count_processes",
+    "find_trainer_damage",
+    "list_trainer_checkpoints",
+    "train",
+]
