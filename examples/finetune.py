@@ -26,13 +26,14 @@ import evaluate
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from green_swin_hf.augmentation import FinetuningImages, MixingCollator
-from green_swin_hf.checkpointing import replace_files
+from green_swin_hf.checkpointing import listed, replace_files
 from green_swin_hf.configuration_green_swin import as_pair
+from green_swin_hf.energy import add_energy_flag, check_energy
 from green_swin_hf.finetuning import (
     ClassificationTrainer,
     build_classifier,
@@ -42,11 +43,13 @@ from green_swin_hf.finetuning import (
     split_off,
 )
 from green_swin_hf.finetuning_recipe import FinetuningRecipe
-from green_swin_hf.hub_upload import prepare_upload, upload_files
+from green_swin_hf.hub_upload import add_hub_flags, open_hub
 from green_swin_hf.labelled_images import LabelledDataset, LabelledImages, label_budget, load_labelled_images
 from green_swin_hf.optimization import build_optimizer, cosine_schedule, scaled_learning_rate
 from green_swin_hf.pretrained_start import load_for_finetuning
+from green_swin_hf.publish import publish_results
 from green_swin_hf.recipe_files import load_recipe, save_recipe
+from green_swin_hf.run_record import RECORD_FILE, RunRecord, describe_data, describe_start, measured, metric
 from green_swin_hf.run_setup import (
     RECIPE_FILE,
     find_run,
@@ -126,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         warmup = count_warmup(recipe, updates_per_epoch, total_updates)
         scheduler = cosine_schedule(optimizer, warmup, total_updates, recipe.min_lr_ratio)
-        hub_id = open_hub(arguments, output, state)
+        hub_id = open_hub(arguments, output)
         metric = load_metric(state)
 
     # Train. From here on files are written.
@@ -144,22 +147,30 @@ def main(argv: list[str] | None = None) -> int:
     progress.attach(trainer)
     if state.is_main_process:
         save_recipe(recipe, output / "recipe.yaml")
+    with one_line_errors("finetune.py"):
+        record = RunRecord(
+            output, "classification", "finetune.py", is_resumed=checkpoint is not None, device=settings.device,
+            precision=precision, track_energy=arguments.track_energy,
+        )  # fmt: skip
+        record.note(start_from=describe_start(None if recipe.from_scratch else recipe.model))
     print_heading(state, recipe, model, splits, settings, total_updates, peak, warmup, output, checkpoint)
     try:
         train(trainer, checkpoint, progress)
         if trainer.state.global_step < total_updates:
+            record.stop()
             return stopped_early(state, trainer, output, progress.stop_reason)
 
         # Measure the model that was kept, and leave the results
         measured = {"validation": measure(trainer, validation), "test": measure(trainer, test)}
         results = collect_results(recipe, splits, trainer, measured, updates_per_epoch, time.monotonic() - started)
         written = save_results(state, trainer, recipe, output, results, test or validation)
+        record.stop(**recorded_facts(recipe, splits, model, results, images_per_update, updates_per_epoch, peak))
     except OSError as error:  # the disk is full or gone
+        record.stop()
         return fail(state, f"stopped: {error}; whole checkpoints are in {output / 'checkpoints'}")
     print_results(state, results, splits, output, written)
-    if hub_id and not upload(state, hub_id, output, written):
-        return 1
-    return 0
+    uploaded = not hub_id or not state.is_main_process or publish_results("finetune.py", output, hub_id)
+    return 0 if uploaded else 1
 
 
 # Settings
@@ -167,11 +178,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
     parser = run_parser(__doc__, FinetuningRecipe, DEFAULT_RECIPE, DEFAULT_OUTPUT, stop_unit="epochs")
-    parser.add_argument("--push-to-hub", action="store_true", help="upload the results (to a private repository)")
-    parser.add_argument("--hub-model-id", metavar="NAME", help="repository (default: name of the output folder)")
-    parser.add_argument("--hub-public", action="store_true", help="make a new repository public")
+    add_hub_flags(parser)
+    add_energy_flag(parser)
     arguments = parser.parse_args(argv)
     check_tracker(arguments.report_to)
+    check_energy(arguments.track_energy)
     return arguments
 
 
@@ -250,23 +261,6 @@ def count_warmup(recipe: FinetuningRecipe, updates_per_epoch: int, total_updates
     """Updates of warm-up; its share of the run where --max-steps ends before it."""
     warmup = round(recipe.warmup_epochs * updates_per_epoch)
     return warmup if warmup < total_updates else round(total_updates * recipe.warmup_epochs / recipe.epochs)
-
-
-def open_hub(arguments: Namespace, output: Path, state: PartialState) -> str | None:
-    """The repository to upload to, made and writable; None without --push-to-hub. One process asks for all."""
-    if not arguments.push_to_hub:
-        return None
-    answer: list[str | None] = [None, None]
-    if state.is_main_process:
-        try:
-            name = arguments.hub_model_id or output.resolve().name
-            answer[0] = prepare_upload(name, private=not arguments.hub_public)
-        except ValueError as error:
-            answer[1] = str(error)
-    broadcast_object_list(answer)
-    if answer[1]:
-        raise ValueError(answer[1])
-    return answer[0]
 
 
 # Data and metric
@@ -355,6 +349,45 @@ def collect_results(
     }
 
 
+def recorded_facts(
+    recipe: FinetuningRecipe,
+    splits: Splits,
+    model: Any,
+    results: dict[str, Any],
+    images_per_update: int,
+    updates_per_epoch: int,
+    peak: float,
+) -> dict[str, Any]:
+    """What a model card says of this run."""
+    data = describe_data(
+        recipe.data,
+        train_images=results["train_images"],
+        validation_images=len(splits.validation) if splits.validation else None,
+        test_images=len(splits.test) if splits.test else None,
+        classes=results["classes"],
+    )
+    metrics = []
+    for split in ("validation", "test"):
+        if found := results[split]:
+            count, top_1 = found["images"], found["top_1_accuracy"]
+            error = math.sqrt(top_1 * (1 - top_1) / count)
+            metrics.append(metric("Top-1 accuracy", "accuracy", top_1, split, count, standard_error=error))
+            metrics.append(metric("Top-5 accuracy", "accuracy", found.get("top_5_accuracy"), split, count))
+            metrics.append(metric("Loss", "loss", found["loss"], split, count))
+    return {
+        "data": data,
+        "model": {"parameters": sum(parameter.numel() for parameter in model.parameters())},
+        "training": {
+            "updates": results["updates"],
+            "epochs": results["updates"] / updates_per_epoch,
+            "images_per_update": images_per_update,
+            "learning_rate": peak,
+            "best_epoch": results["best_epoch"],
+        },
+        "metrics": measured(metrics),
+    }
+
+
 def save_results(
     state: PartialState,
     trainer: ClassificationTrainer,
@@ -368,7 +401,7 @@ def save_results(
     if state.is_main_process:
         names = replace_files(output, functools.partial(save_model, trainer, recipe, results))
         draw_curves(trainer, results, output)
-        names += ["training_curve.png", "recipe.yaml"]
+        names += ["training_curve.png", "recipe.yaml", RECORD_FILE]
         if pictured:
             draw_predictions(recipe, pictured, results, output)
             names.append("predictions.png")
@@ -417,17 +450,6 @@ def draw_predictions(recipe: FinetuningRecipe, dataset: LabelledDataset, results
         title=f"Random {of} images: prediction with its probability",
     )
     save_figure(figure, output / "predictions.png")
-
-
-def upload(state: PartialState, hub_id: str, output: Path, names: list[str]) -> bool:
-    """Send the results from the main process; whether that went well. They stay in `output` in any case."""
-    if state.is_main_process:
-        try:
-            print(f"Uploaded to {upload_files(hub_id, output, names)}")
-        except Exception as error:  # the network's
-            fail(state, f"the upload to {hub_id} failed: {error}; send it later: hf upload {hub_id} {output}")
-            return False
-    return True
 
 
 # Messages
@@ -492,7 +514,7 @@ def print_results(
             f"{name.capitalize()}: top-1 {accuracy:.1%} (standard error {error:.1%}){top_5}, loss "
             f"{measured['loss']:.4f} on {count:,} images. Always answering the most common class scores {constant:.1%}."
         )
-    say(f"Wrote to {output}: {', '.join(written)}")
+    say(f"Wrote to {output}: {listed(written)}")
     say("Next, for example, classify a picture:")
     say(
         f"""  python -c "import green_swin_hf; from transformers import pipeline; """

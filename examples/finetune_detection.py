@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
 
 from green_swin_hf.checkpointing import (
+    listed,
     prepare_checkpoints,
     random_state,
     read_trainer_state,
@@ -46,9 +47,13 @@ from green_swin_hf.detection import GreenSwinMaskRCNN, load_detector, new_backbo
 from green_swin_hf.detection_metrics import Detections, coco_results, detect, mean_average_precision
 from green_swin_hf.detection_recipe import DetectionRecipe
 from green_swin_hf.drawn_shapes import SHAPE_NAMES, load_photographs, write_coco_shapes
+from green_swin_hf.energy import add_energy_flag, check_energy
+from green_swin_hf.hub_upload import add_hub_flags, open_hub
 from green_swin_hf.optimization import build_optimizer, step_schedule
 from green_swin_hf.pretrained_start import load_backbone
+from green_swin_hf.publish import publish_results
 from green_swin_hf.recipe_files import save_recipe
+from green_swin_hf.run_record import RECORD_FILE, RunRecord, describe_data, describe_start, measured, metric
 from green_swin_hf.run_setup import (
     build_accelerator,
     find_run,
@@ -140,11 +145,17 @@ def main(argv: list[str] | None = None) -> int:
         )
         milestones = [epoch * updates_per_epoch for epoch in recipe.milestones]
         scheduler = step_schedule(optimizer, recipe.warmup_updates, milestones)
+        hub_id = open_hub(arguments, output)
 
     # Prepare. From here on files are written.
     with one_line_errors("finetune_detection.py"):
         state = RunState(**resumed["state"]) if resumed else RunState()
         log = open_output(recipe, output, accelerator, state, arguments.report_to)
+        record = RunRecord(
+            output, "detection", "finetune_detection.py", is_resumed=checkpoint is not None, device=accelerator.device,
+            precision=accelerator.mixed_precision, track_energy=arguments.track_energy,
+        )  # fmt: skip
+        record.note(start_from=describe_start(arguments.init_from))
         if train is None or validation is None:
             train, validation = draw_data(recipe, output, accelerator)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -166,16 +177,20 @@ def main(argv: list[str] | None = None) -> int:
 
             # Leave the results
             if state.update < run.total_updates:
+                record.stop()
                 return stopped_early(run, signals)
             if not run.found:  # the last epoch was done before
                 measure(run)
             written = save_results(run)
+            record.stop(**recorded_facts(run, len(train)))
     except (DivergenceError, ValueError, OSError) as error:  # ValueError: a bad image; OSError: the disk is full
         progress.close()
+        record.stop()
         return fail(accelerator, f"stopped: {last_line(error)}; whole checkpoints are in {output / 'checkpoints'}")
     print_results(run, written, time.monotonic() - started)
+    uploaded = not hub_id or not accelerator.is_main_process or publish_results("finetune_detection.py", output, hub_id)
     accelerator.end_training()
-    return 0
+    return 0 if uploaded else 1
 
 
 # Settings
@@ -184,10 +199,13 @@ def main(argv: list[str] | None = None) -> int:
 def parse_arguments(argv: list[str] | None) -> Namespace:
     parser = run_parser(__doc__, DetectionRecipe, DEFAULT_RECIPE, DEFAULT_OUTPUT, stop_unit="epochs")
     parser.add_argument("--init-from", metavar="FOLDER", help="backbone: a pretrained folder, or a stock Swin")
+    add_hub_flags(parser)
+    add_energy_flag(parser)
     arguments = parser.parse_args(argv)
     if arguments.resume and arguments.init_from:
         raise ValueError("--resume goes on with a run, --init-from starts another one: give one of them")
     check_tracker(arguments.report_to)
+    check_energy(arguments.track_energy)
     return arguments
 
 
@@ -462,9 +480,35 @@ def save_results(run: Run) -> list[str]:
         names = replace_files(run.output, write)
         save_figure(detection_figure(run.validation, run.found[: run.recipe.pictures]), run.output / "detections.png")
         save_figure(training_figure(run.log.entries()), run.output / "training_curves.png")
-        names += ["detections.png", "training_curves.png", "log.jsonl", "recipe.yaml"]
+        names += ["detections.png", "training_curves.png", "log.jsonl", "recipe.yaml", RECORD_FILE]
     run.accelerator.wait_for_everyone()
     return sorted(names)
+
+
+def recorded_facts(run: Run, train_images: int) -> dict[str, Any]:
+    """What a model card says of this run."""
+    recipe, images, names = run.recipe, len(run.validation), run.validation.data.class_names
+    given = {"train_images": train_images, "validation_images": images, "classes": len(names)}
+    drawn = {"name": "shapes drawn on photographs", "on_hub": False, **given}
+    last = [entry for entry in run.log.entries() if "box_map" in entry][-1] if run.log else {}
+    titles = {
+        "box_map": "Box mAP (COCO, IoU 0.50 to 0.95)",
+        "box_map_50": "Box mAP at IoU 0.50",
+        "mask_map": "Mask mAP (COCO, IoU 0.50 to 0.95)",
+        "mask_map_50": "Mask mAP at IoU 0.50",
+    }
+    metrics = [metric(title, name, last.get(name), "validation", images) for name, title in titles.items()]
+    return {
+        "data": describe_data(recipe.train_annotations, **given) if recipe.train_annotations else drawn,
+        "model": {"parameters": sum(parameter.numel() for parameter in run.model.parameters())},
+        "training": {
+            "updates": run.state.update,
+            "epochs": run.epoch,
+            "images_per_update": recipe.batch_size * recipe.gradient_accumulation_steps * run.accelerator.num_processes,
+            "learning_rate": recipe.learning_rate,
+        },
+        "metrics": measured(metrics),
+    }
 
 
 # Messages
@@ -518,7 +562,7 @@ def print_results(run: Run, written: list[str], seconds: float) -> None:
         f"{last['mask_map']:.3f}{masks_before}, at IoU 0.50 {last['mask_map_50']:.3f}, 0.75 {last['mask_map_75']:.3f}"
     )
     print(f"  masks {text}")
-    print(f"Wrote to {run.output}: {', '.join(written)}")
+    print(f"Wrote to {run.output}: {listed(written)}")
     image = run.validation.data.image_folder / run.validation.data.images[0]["file_name"]
     print("Next, for example, what it finds on an image:")
     mode = {"L": "GRAY"}.get(run.validation.mode, run.validation.mode)

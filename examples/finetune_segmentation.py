@@ -31,12 +31,16 @@ from transformers import (
 )
 
 from green_swin_hf import GreenSwinBackbone
-from green_swin_hf.checkpointing import replace_files
+from green_swin_hf.checkpointing import listed, replace_files
 from green_swin_hf.data import seeded_generator
 from green_swin_hf.drawn_shapes import load_photographs
+from green_swin_hf.energy import add_energy_flag, check_energy
+from green_swin_hf.hub_upload import add_hub_flags, open_hub
 from green_swin_hf.optimization import build_optimizer
 from green_swin_hf.pretrained_start import load_backbone
+from green_swin_hf.publish import publish_results
 from green_swin_hf.recipe_files import load_recipe, save_recipe
+from green_swin_hf.run_record import RECORD_FILE, RunRecord, describe_data, describe_start, measured, metric
 from green_swin_hf.run_setup import (
     RECIPE_FILE,
     find_run,
@@ -99,6 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         processor = build_processor(recipe)
         data = build_datasets(recipe, splits, processor, len(class_names))
         pixels = check_data(data)
+        hub_id = open_hub(arguments, output)
 
     # From here on files are written.
     counter, progress = PixelCounter(), TrainerProgress(describe_evaluation, arguments.stop_after)
@@ -119,14 +124,22 @@ def main(argv: list[str] | None = None) -> int:
         output.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, output / "recipe.yaml")
         print_heading(recipe, model, data, class_names, output, trainer_options, checkpoint)
+    with one_line_errors("finetune_segmentation.py"):
+        record = RunRecord(
+            output, "segmentation", "finetune_segmentation.py", is_resumed=checkpoint is not None,
+            device=trainer_options.device, precision=precision, track_energy=arguments.track_energy,
+        )  # fmt: skip
+        record.note(start_from=describe_start(recipe.init_from))
 
     # Train; at the end the weights of the best evaluation are put back
     try:
         train(trainer, checkpoint, progress)
     except (ValueError, OSError) as error:  # a bad mask, a full disk
         progress.close()
+        record.stop()
         return stopped(error, output, is_main)
     if trainer.state.global_step < recipe.max_steps:
+        record.stop()
         return stopped_early(trainer, output, is_main, progress.stop_reason)
 
     # Measure and leave the results
@@ -134,9 +147,11 @@ def main(argv: list[str] | None = None) -> int:
     metrics = measure(trainer, counter, data, class_names, baselines)
     if is_main:
         names = save_results(output, trainer, processor, data, metrics, class_names)
+        record.stop(**recorded_facts(recipe, trainer, data, metrics, class_names))
         print_results(output, names, metrics, class_names, time.monotonic() - started, recipe)
+    uploaded = not hub_id or not is_main or publish_results("finetune_segmentation.py", output, hub_id)
     trainer.accelerator.end_training()
-    return 0
+    return 0 if uploaded else 1
 
 
 # Settings
@@ -144,8 +159,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
     parser = run_parser(__doc__, SegmentationRecipe, DEFAULT_RECIPE, DEFAULT_OUTPUT, stop_unit="updates")
+    add_hub_flags(parser)
+    add_energy_flag(parser)
     arguments = parser.parse_args(argv)
     check_tracker(arguments.report_to)
+    check_energy(arguments.track_energy)
     return arguments
 
 
@@ -411,7 +429,40 @@ def save_results(
         save_figure(segmentation_curve(trainer.state.log_history, baseline=baseline), folder / "curve.png")
         save_figure(prediction_figure(triples, class_names), folder / "predictions.png")
 
-    return sorted([*replace_files(output, write), "recipe.yaml"])
+    return sorted([*replace_files(output, write), "recipe.yaml", RECORD_FILE])
+
+
+def recorded_facts(
+    recipe: SegmentationRecipe,
+    trainer: SegmentationTrainer,
+    data: dict[str, SegmentationDataset],
+    metrics: dict[str, Any],
+    class_names: tuple[str, ...],
+) -> dict[str, Any]:
+    """What a model card says of this run."""
+    images_per_update = recipe.batch_size * recipe.gradient_accumulation_steps * trainer.args.world_size
+    updates, model = trainer.state.global_step, trainer.accelerator.unwrap_model(trainer.model)
+    counts: dict[str, Any] = {f"{name}_images": len(dataset) for name, dataset in data.items()}
+    counts["classes"] = len(class_names)
+    drawn = {"name": "shapes drawn on photographs", "on_hub": False, **counts}
+    found = []
+    for split, scores in ((name, metrics[name]) for name in ("validation", "test") if name in metrics):
+        simple = {**scores["commonest_class"], "name": "the commonest class everywhere"}
+        for kind, title in (("mean_iou", "Mean IoU"), ("pixel_accuracy", "Pixel accuracy")):
+            baseline = {"baseline": simple[kind], "baseline_name": simple["name"]}
+            found.append(metric(title, kind, scores[kind], split, scores["images"], **baseline))
+    return {
+        "data": describe_data(recipe.data, **counts) if recipe.data else drawn,
+        "model": {"parameters": sum(parameter.numel() for parameter in model.parameters())},
+        "training": {
+            "updates": updates,
+            "epochs": updates * images_per_update / len(data["train"]),
+            "images_per_update": images_per_update,
+            "learning_rate": recipe.learning_rate,
+            "best_update": metrics["best_update"],
+        },
+        "metrics": measured(found),
+    }
 
 
 @torch.no_grad()
@@ -483,7 +534,7 @@ def print_results(
     last = "test" if "test" in metrics else "validation"
     by_class = [f"{name} {iou:.3f}" for name, iou in metrics[last]["class_iou"].items() if iou is not None]
     print(f"  IoU of classes ({last}): {', '.join(by_class[:20])}{', …' if len(by_class) > 20 else ''}")
-    print(f"Wrote to {output}: {', '.join(names)}")
+    print(f"Wrote to {output}: {listed(names)}")
     image = Path(recipe.photographs or ".") / "coffee.png" if recipe.data is None else "IMAGE"
     print("Next, for example, the classes that it finds in an image:")
     print(

@@ -23,13 +23,14 @@ from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
 
 from green_swin_hf import GreenSwinConfig, GreenSwinForMaskedImageModeling, SparseGeometry
 from green_swin_hf.checkpointing import (
+    listed,
     load_weights,
     prepare_checkpoints,
     random_state,
@@ -51,14 +52,17 @@ from green_swin_hf.data import (
     load_images,
     mask_unit_multiple,
 )
+from green_swin_hf.energy import add_energy_flag, check_energy
 from green_swin_hf.feature_probes import Accuracy
-from green_swin_hf.hub_upload import prepare_upload, upload_files
+from green_swin_hf.hub_upload import add_hub_flags, open_hub
 from green_swin_hf.image_processing_green_swin import GreenSwinImageProcessor
 from green_swin_hf.online_probe import OnlineProbe, open_probe
 from green_swin_hf.optimization import build_optimizer, cosine_schedule, scaled_learning_rate
 from green_swin_hf.pretrained_start import load_for_continued_training
 from green_swin_hf.pretraining_recipe import PretrainingRecipe
+from green_swin_hf.publish import publish_results
 from green_swin_hf.recipe_files import save_recipe
+from green_swin_hf.run_record import RECORD_FILE, RunRecord, describe_data, describe_start, measured, metric
 from green_swin_hf.run_setup import (
     build_accelerator,
     find_run,
@@ -166,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         optimizer = build_optimizer(model, peak, weight_decay=recipe.weight_decay, betas=recipe.betas)
         warmup = count_warmup(recipe, updates_per_epoch, total_updates)
         scheduler = cosine_schedule(optimizer, warmup, total_updates, recipe.min_lr_ratio)
-        hub_id = open_hub(arguments, output, accelerator)
+        hub_id = open_hub(arguments, output)
 
     # Prepare. From here on files are written.
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -183,6 +187,11 @@ def main(argv: list[str] | None = None) -> int:
         run.saved_update = state.update
     with one_line_errors("pretrain.py"):
         open_output(run, arguments.report_to)
+        record = RunRecord(
+            output, "pretraining", "pretrain.py", is_resumed=checkpoint is not None, device=accelerator.device,
+            precision=accelerator.mixed_precision, track_energy=arguments.track_energy,
+        )  # fmt: skip
+        record.note(start_from=describe_start(arguments.init_from))
     loader = build_loader(run, source, transform, collator)
     print_heading(run, config, source, peak, warmup, checkpoint)
     progress = progress_bar(total_updates, state.update, shown=accelerator.is_main_process)
@@ -196,16 +205,18 @@ def main(argv: list[str] | None = None) -> int:
 
             # Leave the results
             if state.update < total_updates:
+                record.stop()
                 return stopped_early(run, signals)
             written = save_results(run, config)
+            record.stop(**recorded_facts(run, peak))
     except (DivergenceError, OSError) as error:  # OSError: the disk is full or gone
         progress.close()
+        record.stop()
         return fail(accelerator, f"stopped: {error}; whole checkpoints are in {output / 'checkpoints'}")
     print_results(run, config, written, time.monotonic() - started)
-    if hub_id and not upload(accelerator, hub_id, output, written):
-        return 1
+    uploaded = not hub_id or not accelerator.is_main_process or publish_results("pretrain.py", output, hub_id)
     accelerator.end_training()
-    return 0
+    return 0 if uploaded else 1
 
 
 # Settings
@@ -214,13 +225,13 @@ def main(argv: list[str] | None = None) -> int:
 def parse_arguments(argv: list[str] | None) -> Namespace:
     parser = run_parser(__doc__, PretrainingRecipe, DEFAULT_RECIPE, DEFAULT_OUTPUT, stop_unit="updates")
     parser.add_argument("--init-from", metavar="FOLDER", help="start a new run from these weights (also stock Swin)")
-    parser.add_argument("--push-to-hub", action="store_true", help="upload the results (to a private repository)")
-    parser.add_argument("--hub-model-id", metavar="NAME", help="repository (default: name of the output folder)")
-    parser.add_argument("--hub-public", action="store_true", help="make a new repository public")
+    add_hub_flags(parser)
+    add_energy_flag(parser)
     arguments = parser.parse_args(argv)
     if arguments.resume and arguments.init_from:
         raise ValueError("--resume goes on with a run, --init-from starts another one: give one of them")
     check_tracker(arguments.report_to)
+    check_energy(arguments.track_energy)
     return arguments
 
 
@@ -240,23 +251,6 @@ def count_warmup(recipe: PretrainingRecipe, updates_per_epoch: int | None, total
     share = round(total_updates * recipe.warmup_epochs / recipe.epochs)
     warmup = round(recipe.warmup_epochs * updates_per_epoch) if updates_per_epoch else share
     return warmup if warmup < total_updates else share
-
-
-def open_hub(arguments: Namespace, output: Path, accelerator: Accelerator) -> str | None:
-    """The repository to upload to, made and writable; None without --push-to-hub. One process asks for all."""
-    if not arguments.push_to_hub:
-        return None
-    answer: list[str | None] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            name = arguments.hub_model_id or output.resolve().name
-            answer[0] = prepare_upload(name, private=not arguments.hub_public)
-        except ValueError as error:
-            answer[1] = str(error)
-    broadcast_object_list(answer)
-    if answer[1]:
-        raise ValueError(answer[1])
-    return answer[0]
 
 
 # Data
@@ -548,13 +542,41 @@ def save_results(run: Run, config: GreenSwinConfig) -> list[str]:
     if run.log:
         names = replace_files(run.output, functools.partial(save_model, run, weights))
         draw_loss_curve(run)
-        names += ["loss_curve.png", "log.jsonl", "recipe.yaml"]
+        names += ["loss_curve.png", "log.jsonl", "recipe.yaml", RECORD_FILE]
         if run.fixed_batches:
             draw_reconstructions(run, config)
             names.append("reconstructions.png")
         run.log.close()
     run.accelerator.wait_for_everyone()
     return sorted(names)
+
+
+def recorded_facts(run: Run, peak: float) -> dict[str, Any]:
+    """What a model card says of this run."""
+    state, images = run.state, sum(len(batch["pixel_values"]) for batch in run.fixed_batches)
+    metrics = [
+        metric(
+            "Loss on the masked units", "loss", run.final_loss, "held out" if run.has_held_out else "training", images,
+            baseline=run.reference_loss, baseline_name="predicting each unit's mean",
+        )
+    ]  # fmt: skip
+    if run.probed:
+        error, count = run.probed.standard_error, run.probed.num_images
+        name = f"Weighted k-NN on frozen features ({run.online_probe})"
+        metrics.append(metric(name, "accuracy", run.probed.value, "held out", count, standard_error=error))
+    held_out = images if run.has_held_out and images else None
+    return {
+        "data": describe_data(run.recipe.data, train_images=run.num_images, validation_images=held_out),
+        "model": {"parameters": sum(parameter.numel() for parameter in run.model.parameters())},
+        "training": {
+            "updates": state.update,
+            "epochs": run.epoch,
+            "images_per_update": run.images_per_update,
+            "learning_rate": peak,
+            "skipped_updates": state.skipped_updates,
+        },
+        "metrics": measured(metrics),
+    }
 
 
 def draw_loss_curve(run: Run) -> None:
@@ -600,17 +622,6 @@ def draw_reconstructions(run: Run, config: GreenSwinConfig) -> None:
     )
     figure = reconstruction_figure(originals, masked_images(originals, masks, unit), completed)
     save_figure(figure, run.output / "reconstructions.png")
-
-
-def upload(accelerator: Accelerator, hub_id: str, output: Path, names: list[str]) -> bool:
-    """Send the results from the main process; whether that went well. They stay in `output` in any case."""
-    if accelerator.is_main_process:
-        try:
-            print(f"Uploaded to {upload_files(hub_id, output, names)}")
-        except Exception as error:  # the network's
-            fail(accelerator, f"the upload to {hub_id} failed: {error}; send it later: hf upload {hub_id} {output}")
-            return False
-    return True
 
 
 # Messages
@@ -679,7 +690,7 @@ def print_results(run: Run, config: GreenSwinConfig, written: list[str], seconds
             f"Weighted k-NN on frozen features, {run.online_probe}: accuracy {run.probed} at the end, "
             f"{before['probe_accuracy']:.3f} after update {before['step']}."
         )
-    say(f"Wrote to {run.output}: {', '.join(written)}")
+    say(f"Wrote to {run.output}: {listed(written)}")
     rows, columns = as_pair(config.image_size)
     say("Next, for example, the features of an image:")
     say(

@@ -15,7 +15,7 @@ from transformers import (
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import is_vision_available
 
-from .configuration_green_swin import VARIANTS, GreenSwinConfig
+from .configuration_green_swin import AUTO_MAP, VARIANTS, GreenSwinConfig
 from .modeling_green_swin import (
     GreenSwinBackbone,
     GreenSwinForImageClassification,
@@ -31,6 +31,13 @@ from .window_grouping import WindowGrouping, choose_grouping, solve_grouping
 
 __version__ = "0.1.0"
 
+_OWN_CLASSES = (
+    GreenSwinModel,
+    GreenSwinForMaskedImageModeling,
+    GreenSwinForImageClassification,
+    GreenSwinBackbone,
+)
+
 
 def _register_auto_classes() -> None:
     AutoConfig.register(GreenSwinConfig.model_type, GreenSwinConfig)
@@ -42,6 +49,16 @@ def _register_auto_classes() -> None:
         from .image_processing_green_swin import image_processors
 
         AutoImageProcessor.register(GreenSwinConfig, image_processor_classes=image_processors())
+        for processor_class in image_processors().values():
+            processor_class.register_for_auto_class()
+
+
+def _register_code() -> None:
+    """Saved folders hold the code that they need where the package is not installed."""
+    GreenSwinConfig.register_for_auto_class()
+    for own_class in _OWN_CLASSES:
+        auto_class = next(name for name, path in AUTO_MAP.items() if path.endswith(f".{own_class.__name__}"))
+        own_class.register_for_auto_class(auto_class)
 
 
 def _register_weight_names() -> None:
@@ -52,17 +69,12 @@ def _register_weight_names() -> None:
     register_checkpoint_conversion_mapping(
         GreenSwinConfig.model_type, get_checkpoint_conversion_mapping("swin"), overwrite=True
     )
-    own_classes = (
-        GreenSwinModel,
-        GreenSwinForMaskedImageModeling,
-        GreenSwinForImageClassification,
-        GreenSwinBackbone,
-    )
-    for own_class in own_classes:
+    for own_class in _OWN_CLASSES:
         register_checkpoint_conversion_mapping(own_class.__name__, [], overwrite=True)
 
 
 _register_auto_classes()
+_register_code()
 _register_weight_names()
 
 __all__ = [

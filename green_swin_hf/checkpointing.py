@@ -14,7 +14,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,12 @@ def replace_files(folder: Path, write: Callable[[Path], None], last: str = _WEIG
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return names
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of the files of a result, for people: the code beside the weights counts as one."""
+    shown = sorted({"code (*.py)" if name.endswith(".py") else name for name in names})
+    return ", ".join(shown)
 
 
 def save_checkpoint(
@@ -316,6 +322,7 @@ __all__ = [
     "checkpoint_step",
     "find_damage",
     "list_checkpoints",
+    "listed",
     "load_weights",
     "new_folder",
     "newest_checkpoint",

@@ -17,6 +17,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "large": {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)},
 }
 
+# Where each Auto class finds its class beside saved weights, whichever model was saved: `auto_map` of `config.json`.
+AUTO_MAP: dict[str, str] = {
+    "AutoConfig": "configuration_green_swin.GreenSwinConfig",
+    "AutoModel": "modeling_green_swin.GreenSwinModel",
+    "AutoModelForMaskedImageModeling": "modeling_green_swin.GreenSwinForMaskedImageModeling",
+    "AutoModelForImageClassification": "modeling_green_swin.GreenSwinForImageClassification",
+    "AutoBackbone": "modeling_green_swin.GreenSwinBackbone",
+}
+
 # Computed from the fields; a `config.json` of stock Swin carries them as entries, which are dropped on reading.
 _DERIVED_ENTRIES = ("model_type", "num_layers", "hidden_size", "stage_names", "path_norm")
 
@@ -312,4 +321,4 @@ def _check_group_size(config: GreenSwinConfig) -> None:
     _require(is_valid, "group_size", size, rule)
 
 
-__all__ = ["VARIANTS", "GreenSwinConfig", "as_pair", "clamp_window", "stage_grid_sizes"]
+__all__ = ["AUTO_MAP", "VARIANTS", "GreenSwinConfig", "as_pair", "clamp_window", "stage_grid_sizes"]

@@ -36,12 +36,13 @@ if is_torchvision_available():
         def process_image(self, image: Any, *args: Any, **options: Any) -> Any:
             return super().process_image(_as_expected(image, len(self.image_mean)), *args, **options)
 
-    def image_processors() -> dict[str, type]:
+    def image_processors() -> dict[str, Any]:
         """Classes by backend, for `AutoImageProcessor.register`."""
         return {"torchvision": GreenSwinImageProcessor, "pil": GreenSwinImageProcessorPil}
 
 else:
+    GreenSwinImageProcessor = GreenSwinImageProcessorPil  # type: ignore[assignment, misc] # the name in saved folders
 
-    def image_processors() -> dict[str, type]:
+    def image_processors() -> dict[str, Any]:
         """Classes by backend, for `AutoImageProcessor.register`."""
         return {"pil": GreenSwinImageProcessorPil}

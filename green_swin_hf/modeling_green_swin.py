@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BackboneOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_green_swin import GreenSwinConfig, stage_grid_sizes
+from .configuration_green_swin import AUTO_MAP, GreenSwinConfig, stage_grid_sizes
 from .gpu_attention import fused_attention, reads_coordinates, require_triton
 from .sparse_plan import SparseGeometry, SparsePlan, build_sparse_plan, sample_masks
 from .token_layout import Layout, VisibleLayout, dense_layouts, visible_layouts
@@ -525,6 +525,15 @@ class GreenSwinPreTrainedModel(PreTrainedModel):
             require_triton()
             return requested_attention
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As the base class, which puts the code beside the weights of a class registered for an Auto class.
+
+        transformers notes the saved class alone; with the whole map every Auto class loads the folder.
+        """
+        if self._auto_class is not None:
+            self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -14,9 +14,12 @@ import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from hub_server import TOKEN, HubServer
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import SwinConfig, SwinModel
 
+from green_swin_hf import publish
 from green_swin_hf.checkpointing import list_checkpoints, read_trainer_state, read_training_state
 from green_swin_hf.optimization import cosine_factor
 from green_swin_hf.pretraining_recipe import PretrainingRecipe
@@ -322,16 +325,61 @@ def test_an_update_that_is_not_finite_is_skipped_and_too_many_end_the_run(grey_i
     assert read_trainer_state(newest)["state"]["update"] == 3
 
 
-def test_uploads_what_it_lists_after_asking_first(grey_images, tmp_path, monkeypatch, capsys):
-    uploads = []
-    monkeypatch.setattr(pretrain, "prepare_upload", lambda name, private: f"someone/{name}-{private}")
-    monkeypatch.setattr(pretrain, "upload_files", lambda *arguments: uploads.append(arguments) or "https://commit")
-    flags = ["--data", grey_images, *TINY, "--max-steps", 1, "--output-dir", tmp_path / "run", "--push-to-hub"]
-    assert run_pretrain(*flags) == 0
-    ((name, folder, names),) = uploads
-    assert (name, folder) == ("someone/run-True", tmp_path / "run")
-    assert {"model.safetensors", "config.json", "preprocessor_config.json", "reconstructions.png"} <= set(names)
-    assert not any("checkpoint" in name or "training_state" in name for name in names)
+def test_what_is_uploaded_is_the_result_with_a_card_of_what_was_recorded(grey_images, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("codecarbon")
+    output = tmp_path / "run"
+    flags = ["--data", grey_images, *TINY, "--max-steps", 2, "--output-dir", output, "--push-to-hub"]
+    with HubServer() as hub:
+        hub.use(monkeypatch, tmp_path)
+        assert run_pretrain(*flags, "--track-energy", "DEU") == 0
+    said = capsys.readouterr().out
+    assert "Uploaded to http://127.0.0.1" in said
+    assert "code (*.py)" in said
+    files, record = hub.files("someone/run"), json.loads((output / "run.json").read_text())
+    assert hub.repositories["someone/run"].is_private
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "reconstructions.png"} <= set(files)
+    assert not any("checkpoint" in name or "training_state" in name for name in files)
+    assert str(tmp_path).encode() not in b"".join(files.values())
+    card = ModelCard(files["README.md"].decode())
+    (result,) = card.data.eval_results
+    assert result.metric_value == record["metrics"][0]["value"] == read_log(output)[-1]["validation_loss"]
+    assert record["data"] == {"name": "grey.parquet", "on_hub": False, "train_images": 60, "validation_images": 4}
+    assert record["training"]["updates"] == 2
+    assert record["model"]["parameters"] == sum(tensor.numel() for tensor in weights(output).values())
+    (start,) = record["starts"]
+    assert start["seconds"] > 0
+    assert start["energy"]["country"] == "DEU"
+    assert card.data.to_dict()["co2_eq_emissions"]["emissions"] == pytest.approx(
+        start["energy"]["co2_eq_grams"], rel=1e-3
+    )
+    assert "trained from random values" in card.text
+
+
+def test_an_upload_that_fails_leaves_the_results_and_says_how_to_repeat_it(grey_images, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "run"
+    with HubServer() as hub:
+        hub.use(monkeypatch, tmp_path)
+        hub.break_at("POST", "/commit/", 403)
+        flags = ["--data", grey_images, *TINY, "--max-steps", 1, "--output-dir", output, "--push-to-hub"]
+        assert run_pretrain(*flags) == 1
+        said = capsys.readouterr()
+        assert TOKEN not in said.out + said.err
+        hub.mend()
+        again = re.search(r"python -m green_swin_hf.publish (.*)", said.err)[1].split()
+        assert publish.main(again) == 0
+    assert "model.safetensors" in hub.files("someone/run")
+
+
+def test_a_run_that_goes_on_adds_its_time_and_keeps_where_it_started(grey_images, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    flags = ["--data", grey_images, *TINY, "--max-steps", 2]
+    assert run_pretrain(*flags, "--output-dir", first) == 0
+    start = ["--init-from", first, "--stop-after", 1]
+    assert run_pretrain(*flags, "--output-dir", second, *start) == 0
+    assert run_pretrain("--output-dir", second, "--resume", "auto") == 0
+    record = json.loads((second / "run.json").read_text())
+    assert record["start_from"] == {"name": "first", "on_hub": False, "is_own": True}
+    assert [entry["seconds"] > 0 for entry in record["starts"]] == [True, True]
 
 
 WRONG_INPUT = {
@@ -367,6 +415,7 @@ WRONG_INPUT = {
     "stream without end": ("--streaming", "give --max-steps"),
     "half precision on the CPU": ("--precision fp16", "needs a GPU"),
     "hub": ("--push-to-hub", "does not answer"),
+    "energy": ("--track-energy Atlantis", "is no country that codecarbon knows"),
 }
 
 
@@ -376,6 +425,8 @@ def test_wrong_input_is_one_line_and_exit_code_2_and_writes_nothing(
 ):
     if "wandb" in flags and importlib.util.find_spec("wandb"):
         pytest.skip("wandb is installed")
+    if "energy" in flags:
+        pytest.importorskip("codecarbon")
     monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     folder = tmp_path / "folder"

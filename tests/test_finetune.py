@@ -11,6 +11,8 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from hub_server import HubServer
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from test_examples import _fresh_accelerator, load_script, run_command  # noqa: F401
@@ -97,8 +99,8 @@ def test_a_run_leaves_a_classifier_for_pipelines_with_its_metrics_and_pictures(d
     assert run_finetune("--model", pretrained, *splits_of(data), *FLAGS, "--output-dir", output) == 0
     said = capsys.readouterr()
     expected = {"config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "metrics.json"}
-    expected |= {"training_curve.png", "predictions.png", "log.jsonl", "checkpoints"}
-    assert expected == {path.name for path in output.iterdir()}
+    expected |= {"training_curve.png", "predictions.png", "log.jsonl", "checkpoints", "run.json"}
+    assert expected == {path.name for path in output.iterdir() if path.suffix != ".py"}
     assert (said.out + said.err).count("validation loss") == 2
     assert "Always answering the most common class scores 10.0%" in said.out
     assert "0.3" in (output / "recipe.yaml").read_text()  # of the pretrained folder's processor
@@ -303,16 +305,23 @@ def test_colour_photos_in_class_folders_with_accumulation_and_an_unreadable_one(
     )
 
 
-def test_uploads_what_it_lists_after_asking_first(data, tmp_path, monkeypatch):
-    uploads = []
-    monkeypatch.setattr(finetune, "prepare_upload", lambda name, private: f"someone/{name}-{private}")
-    monkeypatch.setattr(finetune, "upload_files", lambda *arguments: uploads.append(arguments) or "https://commit")
-    flags = [*splits_of(data), *SCRATCH, *FLAGS, "--max-steps", 1, "--output-dir", tmp_path / "run", "--push-to-hub"]
-    assert run_finetune(*flags) == 0
-    ((name, folder, names),) = uploads
-    assert (name, folder) == ("someone/run-True", tmp_path / "run")
-    assert {"model.safetensors", "config.json", "preprocessor_config.json", "metrics.json", "recipe.yaml"} <= set(names)
-    assert not any("checkpoint" in name for name in names)
+def test_what_is_uploaded_is_the_result_with_a_card_of_what_was_recorded(data, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    flags = [*splits_of(data), *SCRATCH, *FLAGS, "--max-steps", 1, "--output-dir", output, "--push-to-hub"]
+    with HubServer() as hub:
+        hub.use(monkeypatch, tmp_path)
+        assert run_finetune(*flags, "--hub-model-id", "shoes", "--hub-public") == 0
+    files, record = hub.files("someone/shoes"), json.loads((output / "run.json").read_text())
+    assert not hub.repositories["someone/shoes"].is_private
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "metrics.json", "recipe.yaml"} <= set(files)
+    assert not any("checkpoint" in name for name in files)
+    assert str(tmp_path).encode() not in b"".join(files.values())
+    card = ModelCard(files["README.md"].decode())
+    shown = {(result.dataset_split, result.metric_name): result.metric_value for result in card.data.eval_results}
+    assert shown["test", "Top-1 accuracy"] == metrics(output)["test"]["top_1_accuracy"]
+    assert shown["validation", "Top-5 accuracy"] == metrics(output)["validation"]["top_5_accuracy"]
+    assert record["data"]["train_images"] == 40
+    assert record["training"]["images_per_update"] == 8
 
 
 WRONG_INPUT = {

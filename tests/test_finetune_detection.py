@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from hub_server import HubServer
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny import tiny_config
 from transformers import ViTImageProcessor
@@ -104,7 +106,7 @@ def test_accelerate_launch_leaves_a_detector_that_loads_and_pictures_and_a_log(t
     done = run_command(*command)
     assert done.returncode == 0, done.stderr
     expected = {"detector.json", "model.safetensors", "detections.json", "detections.png", "training_curves.png"}
-    expected |= {"log.jsonl", "recipe.yaml", "checkpoints", "drawn_shapes"}
+    expected |= {"log.jsonl", "recipe.yaml", "checkpoints", "drawn_shapes", "run.json"}
     assert expected == {path.name for path in output.iterdir()}
     log = read_log(output)
     assert [entry["epoch"] for entry in log if "box_map" in entry] == [0, 1, 2]
@@ -223,6 +225,23 @@ def test_starting_from_a_pretrained_folder_takes_its_weights_statistics_and_chan
     name = "swin.encoder.layers.1.blocks.1.output.dense.weight"
     found, expected = (model.get_parameter(name) for model in (detector.backbone.body, pretrained))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_what_is_uploaded_is_the_result_with_a_card_of_what_was_recorded(shapes, tmp_path, monkeypatch):
+    output, flags = tmp_path / "run", ["--epochs", 1, "--push-to-hub", "--hub-model-id", "shapes"]
+    with HubServer() as hub:
+        hub.use(monkeypatch, tmp_path)
+        assert run_script(*given(shapes), *TINY, *flags, "--output-dir", output) == 0
+    files = hub.files("someone/shapes")
+    expected = {"detector.json", "model.safetensors", "detections.json", "detections.png", "training_curves.png"}
+    expected |= {"log.jsonl", "recipe.yaml", "run.json", "README.md", ".gitattributes"}
+    assert set(files) == expected
+    assert str(tmp_path).encode() not in b"".join(files.values())
+    card = ModelCard(files["README.md"].decode())
+    shown = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    last = read_log(output)[-1]
+    assert shown == {name: last[name] for name in ("box_map", "box_map_50", "mask_map", "mask_map_50")}
+    assert "annotations.json: 6 images to train on, 3 to validate on" in card.text
 
 
 def test_two_processes_measure_all_images_and_train_as_one(shapes, tmp_path):

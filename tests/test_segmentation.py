@@ -12,6 +12,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from hub_server import HubServer
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import backbone_config, images
@@ -441,7 +443,7 @@ def test_a_short_training_finds_shapes_in_held_out_images_and_an_untrained_model
 
 def test_the_script_leaves_a_model_that_judges_whole_images_as_it_was_judged(finished, drawn):
     expected = {"config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "metrics.json"}
-    expected |= {"log.jsonl", "curve.png", "predictions.png", "checkpoints"}
+    expected |= {"log.jsonl", "curve.png", "predictions.png", "checkpoints", "run.json"}
     assert expected == {path.name for path in finished.iterdir()}
     metrics = json.loads((finished / "metrics.json").read_text())
     assert set(metrics["test"]["class_iou"]) == set(DRAWN_CLASSES)
@@ -507,6 +509,25 @@ def test_pretrained_weights_bring_their_sizes_and_a_tenth_is_held_out(drawn, pre
     saved, own = (load_file(folder / "model.safetensors") for folder in (pretrained, tmp_path / "run"))
     name = "swin.encoder.layers.2.blocks.0.attention.self.query.weight"
     torch.testing.assert_close(own[f"backbone.{name}"], saved[name], rtol=0, atol=0)
+
+
+def test_what_is_uploaded_is_the_result_with_a_card_of_what_was_recorded(drawn, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    flags = ["--data", drawn, *TINY, "--test-split", "test", "--output-dir", output, "--push-to-hub"]
+    with HubServer() as hub:
+        hub.use(monkeypatch, tmp_path)
+        assert run_script(*flags) == 0
+    files = hub.files("someone/run")
+    expected = {"config.json", "model.safetensors", "preprocessor_config.json", "metrics.json", "log.jsonl"}
+    expected |= {"curve.png", "predictions.png", "recipe.yaml", "run.json", "README.md", ".gitattributes"}
+    assert set(files) == expected
+    assert str(drawn).encode() not in b"".join(files.values())
+    card = ModelCard(files["README.md"].decode())
+    shown = {(result.dataset_split, result.metric_type): result.metric_value for result in card.data.eval_results}
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert shown["test", "mean_iou"] == metrics["test"]["mean_iou"]
+    assert shown["validation", "pixel_accuracy"] == metrics["validation"]["pixel_accuracy"]
+    assert "12 images to train on, 3 to validate on, 2 to test on" in card.text
 
 
 def test_a_bad_mask_found_in_training_ends_the_run_in_one_line(drawn, tmp_path, monkeypatch, capsys):

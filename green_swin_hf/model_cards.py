@@ -1,0 +1,185 @@
+"""Model cards: the templates of `hub_cards/`, filled with what a folder and the record of its run say, and no more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .configuration_green_swin import GreenSwinConfig
+from .run_record import total_energy, total_seconds
+
+# kind of a result: template, task on the Hub
+TASKS = {
+    "pretrained": "image-feature-extraction",
+    "classification": "image-classification",
+    "detection": "object-detection",
+    "segmentation": "image-segmentation",
+}
+PICTURES = {
+    "reconstructions.png": "Held-out images: original, visible part, reconstruction",
+    "loss_curve.png": "Loss during pretraining",
+    "predictions.png": "Predictions",
+    "training_curve.png": "Training curve",
+    "detections.png": "Annotated beside detected",
+    "training_curves.png": "Training curves",
+    "curve.png": "Training curve",
+}
+_TRAINING_TYPES = {"pretraining": "pre-training", "classification": "fine-tuning"}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is filled with.
+
+    Attributes:
+        kind: key of `TASKS`.
+        repo_id: `user/name`, for the snippets.
+        config: entries of `config.json`, of a detector those of its backbone.
+        classes: names of the classes; none for a pretrained model.
+        recipe: keys of the recipe; empty without one.
+        record: of the run, as `run_record.read_record` returns it.
+        files: names of the files that are uploaded beside the card.
+        license, base_model: as given by the publisher, before what the record says.
+    """
+
+    kind: str
+    repo_id: str
+    config: dict[str, Any]
+    classes: tuple[str, ...]
+    recipe: dict[str, Any]
+    record: dict[str, Any]
+    files: frozenset[str]
+    license: str | None = None
+    base_model: str | None = None
+
+
+def templates_folder() -> Path:
+    """`hub_cards/`: inside the installed package, or at the top of a checkout."""
+    installed = Path(__file__).resolve().parent / "hub_cards"
+    return installed if installed.is_dir() else installed.parents[1] / "hub_cards"
+
+
+def render_card(facts: CardFacts) -> ModelCard:
+    """The card of a result: metadata and text."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(templates_folder()),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(duration=_duration, figure=_figure, number=lambda value: f"{value:,}")
+    text = environment.get_template(f"{facts.kind}.md").render(card_values(facts))
+    return ModelCard(f"---\n{card_data(facts).to_yaml()}\n---\n\n{text}")
+
+
+def card_values(facts: CardFacts) -> dict[str, Any]:
+    """The names that templates use."""
+    record = facts.record
+    config = GreenSwinConfig.from_dict(facts.config)
+    licence, base_model = _origin(facts)
+    return {
+        "repo_id": facts.repo_id,
+        "name": facts.repo_id.rpartition("/")[2],
+        "config": config,
+        "has_decoder": facts.config.get("architectures") == ["GreenSwinForMaskedImageModeling"],
+        "is_grey": config.num_channels == 1,
+        "has_processor": "preprocessor_config.json" in facts.files,
+        "classes": facts.classes,
+        "recipe": yaml.safe_dump(facts.recipe, sort_keys=False, default_flow_style=None) if facts.recipe else None,
+        "is_from_random": _is_from_random(record) and not base_model,
+        "parameters": record.get("model", {}).get("parameters"),
+        "data": record.get("data"),
+        "start": record.get("start_from"),
+        "training": record.get("training"),
+        "metrics": record.get("metrics", []),
+        "starts": record.get("starts", []),
+        "last_start": record["starts"][-1] if record.get("starts") else {},
+        "seconds": total_seconds(record),
+        "energy": total_energy(record),
+        "pictures": {name: text for name, text in PICTURES.items() if name in facts.files},
+        "has_code": "modeling_green_swin.py" in facts.files,
+        "license": licence,
+        "base_model": base_model,
+    }
+
+
+def card_data(facts: CardFacts) -> ModelCardData:
+    """The metadata; what is not known has no entry."""
+    licence, base_model = _origin(facts)
+    data = facts.record.get("data", {})
+    entries: dict[str, Any] = {
+        "license": licence,
+        "base_model": base_model,
+        "datasets": [data["name"]] if data.get("on_hub") else None,
+        "co2_eq_emissions": _emissions(facts.record),
+    }
+    results = [_eval_result(facts, data, entry) for entry in facts.record.get("metrics", [])]
+    return ModelCardData(
+        library_name="green-swin-hf" if facts.kind == "detection" else "transformers",
+        pipeline_tag=TASKS[facts.kind],
+        tags=["green-swin", "swin", "vision", "arxiv:2205.13515"],
+        model_name=facts.repo_id.rpartition("/")[2],
+        eval_results=results or None,
+        **{name: value for name, value in entries.items() if value is not None},
+    )
+
+
+def _origin(facts: CardFacts) -> tuple[str | None, str | None]:
+    """Licence of the weights, and the model on the Hub that they derive from; None where not known."""
+    start = facts.record.get("start_from", {})
+    licence = facts.license or facts.record.get("license") or start.get("license")
+    return licence, facts.base_model or start.get("base_model")
+
+
+def _is_from_random(record: dict[str, Any]) -> bool:
+    """Whether the record says that a run trained the weights from random ones: each of its starts is in it."""
+    starts = record.get("starts", [])
+    return bool(starts) and all(starts) and "start_from" not in record and record["kind"] != "conversion"
+
+
+def _emissions(record: dict[str, Any]) -> dict[str, Any] | None:
+    energy = total_energy(record)
+    if "co2_eq_grams" not in energy:
+        return None
+    machine = record["starts"][-1].get("machine", {})
+    hardware = machine.get("gpus") or [machine.get("processor")]
+    return {
+        "emissions": round(energy["co2_eq_grams"], 6),
+        "source": energy["source"],
+        "training_type": _TRAINING_TYPES.get(record["kind"], "fine-tuning"),
+        "geographical_location": energy["country"],
+        **({"hardware_used": ", ".join(hardware)} if all(hardware) else {}),
+    }
+
+
+def _eval_result(facts: CardFacts, data: dict[str, Any], entry: dict[str, Any]) -> EvalResult:
+    name = data.get("name", "unnamed")
+    return EvalResult(
+        task_type=TASKS[facts.kind],
+        dataset_type=name,
+        dataset_name=name,
+        dataset_split=entry["split"],
+        metric_type=entry["type"],
+        metric_name=entry["name"],
+        metric_value=entry["value"],
+    )
+
+
+def _duration(seconds: float) -> str:
+    """ "75 s", "12.5 minutes", "3.2 hours"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4g}"
+
+
+__all__ = ["PICTURES", "TASKS", "CardFacts", "card_data", "card_values", "render_card", "templates_folder"]

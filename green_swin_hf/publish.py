@@ -1,0 +1,255 @@
+"""Put a trained or converted model on the Hub, with its card, its code and what its run left, in one commit.
+
+    python -m green_swin_hf.publish outputs/finetune --repo-id user/name            # a private repository
+    python -m green_swin_hf.publish outputs/finetune --repo-id user/name --dry-run  # show it, contact nobody
+
+Nothing in the folder is changed. A README.md in it is taken as the card; without one, the card is written from what the
+run recorded. Exit codes: 0 done, 1 the upload failed (the repository is as it was; repeat it), 2 wrong input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from . import image_processing_green_swin, modeling_green_swin
+from .configuration_green_swin import AUTO_MAP
+from .hub_upload import prepare_upload, upload_files
+from .model_cards import PICTURES, CardFacts, render_card
+from .run_record import RECORD_FILE, read_record
+from .training import OneLineParser, one_line_errors
+
+_CARD, _CONFIG, _PROCESSOR, _DETECTOR = "README.md", "config.json", "preprocessor_config.json", "detector.json"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_JSON_FILES = ("metrics.json", "detections.json", RECORD_FILE)
+_KINDS = {  # by the class that was saved
+    "GreenSwinModel": "pretrained",
+    "GreenSwinBackbone": "pretrained",
+    "GreenSwinForMaskedImageModeling": "pretrained",
+    "GreenSwinForImageClassification": "classification",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A folder with a model that can be published.
+
+    Attributes:
+        folder: where it is.
+        kind: of its card, a key of `model_cards.TASKS`.
+        config: entries of `config.json`, of a detector and of UperNet those of the backbone.
+        classes: names of the classes.
+        weights: names of the files with weights.
+    """
+
+    folder: Path
+    kind: str
+    config: dict[str, Any]
+    classes: tuple[str, ...]
+    weights: tuple[str, ...]
+
+
+def find_result(folder: Path) -> Result:
+    """What is in a folder.
+
+    Raises:
+        ValueError: no GreenSwin, or one without weights.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; give the output folder of a run, or one that save_pretrained wrote")
+    if (folder / _DETECTOR).is_file():
+        content = _read_json(folder / _DETECTOR)
+        classes = tuple(content["settings"]["class_names"])
+        return Result(folder, "detection", content["backbone"], classes, _weight_files(folder))
+    if not (folder / _CONFIG).is_file():
+        unfinished = (folder / "checkpoints").is_dir()
+        hint = "its run has not finished: --resume auto" if unfinished else "give the output folder of a run"
+        raise ValueError(f"{folder} holds no {_CONFIG} and no {_DETECTOR}; {hint}")
+    config = _read_json(folder / _CONFIG)
+    architecture = (config.get("architectures") or [None])[0]
+    classes = tuple(name for _, name in sorted(config.get("id2label", {}).items(), key=lambda item: int(item[0])))
+    backbone = config.get("backbone_config") or {}
+    if architecture == "UperNetForSemanticSegmentation" and backbone.get("model_type") == "green_swin":
+        return Result(folder, "segmentation", backbone, classes, _weight_files(folder))
+    if config.get("model_type") != "green_swin" or architecture not in _KINDS:
+        raise ValueError(
+            f"{folder} holds no GreenSwin but a {architecture or 'model'} of type {config.get('model_type')!r}; give a "
+            "folder that a script of green-swin-hf or save_pretrained of its models wrote"
+        )
+    kind = _KINDS[architecture]
+    return Result(folder, kind, config, classes if kind == "classification" else (), _weight_files(folder))
+
+
+def _weight_files(folder: Path) -> tuple[str, ...]:
+    if (folder / _WEIGHTS).is_file():
+        return (_WEIGHTS,)
+    if not (folder / _INDEX).is_file():
+        raise ValueError(f"{folder} holds no weights ({_WEIGHTS}); give the output folder of a run that has finished")
+    shards = sorted(set(_read_json(folder / _INDEX)["weight_map"].values()))
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} lacks {missing[0]}, which {_INDEX} names; save the model again")
+    return (_INDEX, *shards)
+
+
+def collect_files(
+    result: Result, repo_id: str, *, license: str | None = None, base_model: str | None = None
+) -> dict[str, Path | bytes]:
+    """All that is uploaded: for each name the file, or the content where it differs from the folder's or is made.
+
+    Args:
+        result: from `find_result`.
+        repo_id: `user/name`, for the card.
+        license, base_model: of the weights, in place of what the run recorded.
+    """
+    folder = result.folder
+    files: dict[str, Path | bytes] = {name: folder / name for name in (*result.weights, _DETECTOR, "log.jsonl")}
+    files |= {name: folder / name for name in PICTURES}
+    files = {name: path for name, path in files.items() if isinstance(path, Path) and path.is_file()}
+    present = [name for name in (_CONFIG, _PROCESSOR, *_JSON_FILES) if (folder / name).is_file()]
+    contents = {name: without_local_paths(_read_json(folder / name)) for name in present}
+    if result.kind in ("pretrained", "classification"):
+        contents[_CONFIG] = {**contents[_CONFIG], "auto_map": AUTO_MAP}
+        files |= _code_files(contents.get(_PROCESSOR, {}))
+    files |= {name: _json_bytes(content) for name, content in contents.items()}
+    recipe = _read_recipe(folder / "recipe.yaml")
+    if recipe:
+        files["recipe.yaml"] = yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None).encode()
+    record = without_local_paths(read_record(folder))
+    facts = CardFacts(
+        result.kind, repo_id, result.config, result.classes, recipe, record, frozenset(files), license, base_model
+    )
+    own_card = folder / _CARD
+    files[_CARD] = own_card if own_card.is_file() else str(render_card(facts)).encode()
+    return files
+
+
+def _code_files(processor: dict[str, Any]) -> dict[str, Path | bytes]:
+    """This package's modules that a reader without it needs; of a grey model the image processor's as well."""
+    module = Path(modeling_green_swin.__file__)
+    paths = [module, *map(Path, get_relative_import_files(module))]
+    name = str(processor.get("image_processor_type", ""))
+    if name.startswith("GreenSwin"):
+        paths.append(Path(image_processing_green_swin.__file__))
+        processor["auto_map"] = {"AutoImageProcessor": f"{paths[-1].stem}.{name}"}
+    return {path.name: path for path in paths}
+
+
+def without_local_paths(value: Any) -> Any:
+    """The same JSON content; of text that is a path of this machine, or leads out of a folder, the last component."""
+    if isinstance(value, dict):
+        return {key: without_local_paths(entry) for key, entry in value.items() if key != "_name_or_path"}
+    if isinstance(value, list):
+        return [without_local_paths(entry) for entry in value]
+    if isinstance(value, str) and re.match(r"(/|~|\.\.?/|[A-Za-z]:[\\/])[^\n]*$", value):
+        return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+    return value
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return without_local_paths(yaml.safe_load(path.read_text(encoding="utf-8"))) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}; remove or mend it") from None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def _json_bytes(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def publish(folder: Path, repo_id: str, *, license: str | None = None, base_model: str | None = None) -> str:
+    """Upload a folder to a repository that `prepare_upload` made ready; returns the address of the commit.
+
+    Raises:
+        ValueError: the folder holds nothing to publish.
+        OSError: the upload failed; the repository is as it was, and the same call repeats it.
+    """
+    result = find_result(folder)
+    files = collect_files(result, repo_id, license=license, base_model=base_model)
+    return upload_files(repo_id, files, f"Add {result.kind} model")
+
+
+def publish_results(program: str, folder: Path, repo_id: str) -> bool:
+    """`publish` at the end of a script, whose results stay in `folder` in any case; whether it went well."""
+    try:
+        print(f"Uploaded to {publish(folder, repo_id)}")
+    except (ValueError, OSError) as error:
+        again = f"python -m green_swin_hf.publish {folder} --repo-id {repo_id}"
+        print(f"\n{program}: the upload to {repo_id} failed: {error}; send it later: {again}", file=sys.stderr)
+        return False
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    with one_line_errors("publish"):
+        arguments = parse_arguments(argv)
+        result = find_result(arguments.folder)
+        given = {"license": arguments.license, "base_model": arguments.base_model}
+        files = collect_files(result, arguments.repo_id, **given)
+        if arguments.dry_run:
+            print_files(result, files, arguments.repo_id, arguments)
+            return 0
+        repo_id = prepare_upload(arguments.repo_id, private=not arguments.public)
+        files = collect_files(result, repo_id, **given)
+    print_files(result, files, repo_id, arguments)
+    try:
+        address = upload_files(repo_id, files, f"Add {result.kind} model")
+    except OSError as error:
+        # the line of a progress bar may be open
+        print(f"\npublish: the upload failed: {error}; {repo_id} is as it was, repeat the command", file=sys.stderr)
+        return 1
+    print(f"Uploaded to {address}")
+    return 0
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(prog="python -m green_swin_hf.publish", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="output folder of a run, or what save_pretrained wrote")
+    parser.add_argument("--repo-id", required=True, metavar="USER/NAME", help="repository, made if it does not exist")
+    parser.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
+    parser.add_argument("--license", metavar="NAME", help="licence of the weights, such as apache-2.0")
+    parser.add_argument("--base-model", metavar="USER/NAME", help="model on the Hub that the weights derive from")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be uploaded; contact nobody")
+    return parser.parse_args(argv)
+
+
+def print_files(result: Result, files: Mapping[str, Path | bytes], repo_id: str, arguments: argparse.Namespace) -> None:
+    """What is uploaded, with sizes; in a dry run also where the card can be read."""
+    sizes = {name: len(item) if isinstance(item, bytes) else item.stat().st_size for name, item in files.items()}
+    visibility = "public" if arguments.public else "private"
+    verb = "Would upload" if arguments.dry_run else "Uploading"
+    print(f"{verb} {result.folder} ({result.kind}) to {repo_id}, {visibility} if it is new:")
+    for name in sorted(sizes):
+        print(f"  {sizes[name]:>12,}  {name}")
+    print(f"  {sum(sizes.values()):>12,}  bytes in {len(sizes)} files, in one commit")
+    card = files[_CARD]
+    if isinstance(card, Path):
+        print(f"The card is yours: {card}")
+    elif arguments.dry_run:
+        path = Path(tempfile.mkdtemp(prefix="green-swin-card-")) / _CARD
+        path.write_bytes(card)
+        print(f"The card, as it would be uploaded: {path}")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

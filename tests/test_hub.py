@@ -1,0 +1,294 @@
+"""Publishing to a Hub on loopback, and reading back what was published."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hub_server import TOKEN, HubServer, Repository
+from test_remote_code import run_without
+from tiny import images
+from tiny_results import PICTURES, save_picture, save_result
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
+
+from green_swin_hf import GreenSwinForImageClassification, GreenSwinForMaskedImageModeling, GreenSwinModel, publish
+from green_swin_hf.hub_upload import prepare_upload, redacted
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with HubServer() as server:
+        server.use(monkeypatch, tmp_path)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # made once, for another endpoint
+        yield server
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory):
+    """A folder of each kind, and a classifier of grey images."""
+    parent = tmp_path_factory.mktemp("published")
+    folders = {kind: save_result(kind, parent / kind) for kind in PICTURES}
+    return {**folders, "grey": save_result("classification", parent / "grey", is_grey=True)}
+
+
+def push(folder, name, *flags):
+    return publish.main([str(folder), "--repo-id", f"someone/{name}", *flags])
+
+
+def fingerprint(folder):
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def test_what_is_pushed_loads_again_and_is_what_was_listed(hub, results, capsys):
+    folder = results["classification"]
+    before = fingerprint(folder)
+    assert push(folder, "shapes") == 0
+    said = capsys.readouterr().out
+    repository = hub.repositories["someone/shapes"]
+    assert repository.is_private
+    assert len(repository.commits) == 2  # the one that makes the repository, and ours
+    assert set(hub.files("someone/shapes")) == set(re.findall(r"^ +[\d,]+  (\S+)$", said, flags=re.MULTILINE)) | {
+        ".gitattributes"
+    }
+    assert hub.files("someone/shapes")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert fingerprint(folder) == before
+
+    model = AutoModelForImageClassification.from_pretrained("someone/shapes")
+    local = GreenSwinForImageClassification.from_pretrained(folder)
+    assert type(model) is GreenSwinForImageClassification
+    torch.testing.assert_close(model(images(2)).logits, local(images(2)).logits, rtol=0, atol=0)
+    assert type(AutoModel.from_pretrained("someone/shapes")) is GreenSwinModel
+    assert AutoImageProcessor.from_pretrained("someone/shapes").size == {"height": 32, "width": 32}
+    assert TOKEN in hub.tokens_seen
+    backbone = transformers.AutoBackbone.from_pretrained("someone/shapes", out_features=["stage2"])
+    assert backbone(images(1)).feature_maps[0].shape == (1, 16, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["pretrained", "classification", "detection", "segmentation", "grey"])
+def test_every_snippet_of_a_card_runs_as_written(hub, results, tmp_path, monkeypatch, name):
+    assert push(results[name], name) == 0
+    save_picture(tmp_path / "picture.jpg")
+    monkeypatch.chdir(tmp_path)
+    card = hub.files(f"someone/{name}")["README.md"].decode()
+    blocks = re.findall(r"^```python\n(.*?)^```", card, flags=re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= 1
+    names = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    if name == "detection":
+        assert set(names["found"]) == {"boxes", "labels", "scores", "masks"}
+    elif name == "segmentation":
+        assert names["classes"].shape == (64, 72)
+    elif name == "pretrained":
+        assert names["output"].reconstruction.shape == (1, 3, 32, 32)
+    else:
+        assert {answer["label"] for answer in names["answers"]} == {"circle", "square", "triangle"}
+
+
+def test_pipelines_work_on_pushed_folders(hub, results, tmp_path):
+    picture = str(save_picture(tmp_path / "picture.jpg"))
+    assert push(results["pretrained"], "pretrained") == push(results["grey"], "grey") == 0
+    features = pipeline("image-feature-extraction", model="someone/pretrained")(picture)
+    assert (len(features[0]), len(features[0][0])) == (16, 32)
+    answers = pipeline("image-classification", model="someone/grey")(picture)
+    assert sum(answer["score"] for answer in answers) == pytest.approx(1)
+
+
+def test_remote_code_runs_straight_from_the_hub_where_the_package_is_not_installed(hub, results, tmp_path, monkeypatch):
+    """All snippets that need no package, pipelines included, with a model of grey images and a pinned revision."""
+    assert push(results["pretrained"], "pretrained") == push(results["grey"], "grey") == 0
+    save_picture(tmp_path / "picture.jpg")
+    cards = [hub.files(f"someone/{name}")["README.md"].decode() for name in ("pretrained", "grey")]
+    blocks = [block for card in cards for block in re.findall(r"^```python\n(.*?)^```", card, flags=re.DOTALL | re.M)]
+    code = "\n".join(block for block in blocks if "green_swin_hf" not in block)
+    assert code.count("from_pretrained") == 4
+    for name, value in hub.environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    sha = hub.repositories["someone/grey"].commits[-1][0]
+    code += f"""
+pinned = {{"revision": {sha!r}, "code_revision": {sha!r}, "trust_remote_code": True}}
+model = AutoModelForImageClassification.from_pretrained("someone/grey", **pinned)
+print(type(model).__module__.startswith("transformers_modules"), sorted(answer["label"] for answer in answers))
+"""
+    said = run_without(code, {"green_swin_hf"}, tmp_path, offline=False)
+    assert said.splitlines()[-1] == "True ['circle', 'square', 'triangle']"
+
+
+def test_a_pinned_revision_stays_what_it_was(hub, results, tmp_path):
+    folder = shutil.copytree(results["pretrained"], tmp_path / "model")
+    assert push(folder, "model") == 0
+    first = hub.repositories["someone/model"].commits[-1][0]
+    model = GreenSwinForMaskedImageModeling.from_pretrained(folder)
+    expected = model(images(1)).reconstruction
+    torch.nn.init.zeros_(model.decoder.predictor.weight)
+    model.save_pretrained(folder)
+    assert push(folder, "model") == 0
+    load = transformers.AutoModelForMaskedImageModeling.from_pretrained
+    assert torch.equal(load("someone/model", revision=first)(images(1)).reconstruction, expected)
+    assert not torch.equal(load("someone/model")(images(1)).reconstruction, expected)
+
+
+def test_a_private_repository_needs_a_token_and_a_public_one_none(hub, results, monkeypatch):
+    assert push(results["pretrained"], "hidden") == push(results["pretrained"], "shown", "--public") == 0
+    monkeypatch.delenv("HF_TOKEN")
+    assert not hub.repositories["someone/shown"].is_private
+    assert type(AutoModel.from_pretrained("someone/shown")) is GreenSwinModel
+    with pytest.raises(OSError, match="someone/hidden"):
+        AutoModel.from_pretrained("someone/hidden")
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "status"),
+    [("PUT", "/lfs/", 500), ("PUT", "/lfs/", 403), ("POST", "/commit/", 500), ("POST", "/objects/batch", 503)],
+)
+def test_an_upload_that_breaks_off_leaves_the_repository_whole_and_can_be_repeated(
+    hub, results, tmp_path, capfd, method, part, status
+):
+    folder = shutil.copytree(results["classification"], tmp_path / "model")
+    assert push(folder, "model") == 0
+    before = dict(hub.files("someone/model"))
+    commits = len(hub.repositories["someone/model"].commits)
+    model = GreenSwinForImageClassification.from_pretrained(folder)
+    torch.nn.init.ones_(model.classifier.bias)
+    model.save_pretrained(folder)
+    capfd.readouterr()
+
+    hub.break_at(method, part, status)
+    assert push(folder, "model") == 1
+    said = capfd.readouterr()
+    last = said.err.strip().splitlines()[-1]
+    assert last.startswith("publish: the upload failed: ")
+    assert "repeat the command" in last
+    assert TOKEN not in said.out + said.err  # which the broken server repeats
+    assert hub.files("someone/model") == before
+    assert len(hub.repositories["someone/model"].commits) == commits
+    assert type(AutoModel.from_pretrained("someone/model")) is GreenSwinModel  # still a whole model
+
+    hub.mend()
+    assert push(folder, "model") == 0
+    assert hub.files("someone/model")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+
+
+def test_pushing_the_same_again_makes_no_commit(hub, results):
+    assert push(results["pretrained"], "model") == push(results["pretrained"], "model") == 0
+    assert len(hub.repositories["someone/model"].commits) == 2
+
+
+def test_a_dry_run_shows_all_and_contacts_nobody(hub, results, capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN")
+    before = fingerprint(results["segmentation"])
+    assert push(results["segmentation"], "model", "--dry-run", "--license", "mit") == 0
+    said = capsys.readouterr().out
+    assert hub.requests == []
+    assert fingerprint(results["segmentation"]) == before
+    size = (results["segmentation"] / "model.safetensors").stat().st_size
+    assert re.search(rf"^ +{size:,}  model.safetensors$", said, flags=re.MULTILINE)
+    assert "Would upload" in said
+    assert "private" in said
+    card = Path(re.search(r"The card, as it would be uploaded: (\S+)", said)[1])
+    assert "license: mit" in card.read_text()
+    shutil.rmtree(card.parent)
+
+
+def test_a_name_without_a_user_is_ones_own(hub, results):
+    assert publish.main([str(results["pretrained"]), "--repo-id", "model"]) == 0
+    assert "someone/model" in hub.files("someone/model")["README.md"].decode()
+
+
+WRONG_INPUT = {
+    "no folder": ("{folder}/none --repo-id someone/a", "is no folder; give the output folder of a run"),
+    "nothing there": ("{folder} --repo-id someone/a", "holds no config.json"),
+    "unfinished run": ("{run} --repo-id someone/a", "its run has not finished"),
+    "another model": ("{bert} --repo-id someone/a", "holds no GreenSwin but a BertModel of type 'bert'"),
+    "no weights": ("{empty} --repo-id someone/a", "holds no weights (model.safetensors)"),
+    "damaged config": ("{damaged} --repo-id someone/a", "config.json cannot be read"),
+    "damaged record": ("{model} --repo-id someone/a", "run.json cannot be read"),
+    "no repository": ("{good}", "--repo-id"),
+    "name": ("{good} --repo-id some/one/a", "has no valid name"),
+    "another user": ("{good} --repo-id other/a", "refuses 'other/a'"),
+    "public already": ("{good} --repo-id someone/shown", "is a public repository already"),
+    "flag": ("{good} --repo-id someone/a --pubic", "unrecognized arguments: --pubic"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG_INPUT.values(), ids=WRONG_INPUT.keys())
+def test_wrong_input_is_one_line_and_exit_code_2_and_uploads_nothing(hub, results, tmp_path, capfd, words, message):
+    folders = {name: tmp_path / name for name in ("folder", "run", "bert", "empty", "damaged", "model")}
+    for folder in folders.values():
+        folder.mkdir()
+    (folders["run"] / "checkpoints").mkdir()
+    (folders["bert"] / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    shutil.copy(results["pretrained"] / "config.json", folders["empty"])
+    (folders["damaged"] / "config.json").write_text("{")
+    shutil.copytree(results["pretrained"], folders["model"], dirs_exist_ok=True)
+    (folders["model"] / "run.json").write_text("{")
+    hub.repositories["someone/shown"] = Repository(is_private=False)
+    hub.repositories["someone/shown"].add({})
+    with pytest.raises(SystemExit) as stopped:
+        publish.main(words.format(good=results["pretrained"], **folders).split())
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("publish: error: ")
+    assert message in lines[0]
+    assert all(len(repository.commits) == 1 for repository in hub.repositories.values())
+    assert hub.large_files == {}
+
+
+def test_no_credential_is_ever_printed(hub, monkeypatch, capfd):
+    """Not the token in use, which errors of a server or a proxy may repeat, nor any other, nor a password."""
+    hub.break_at("GET", "whoami", 418)
+    with pytest.raises(ValueError, match="refuses") as refused:
+        prepare_upload("someone/model")
+    assert "***" in str(refused.value)
+    assert TOKEN not in str(refused.value)
+    text = redacted(f"a {TOKEN} b https://me:pass@host/x?Signature=ab%2F&Expires=1 Bearer abc.def hf_abcdefghijkl")
+    assert text == "a *** b https://***@host/x?*** Bearer *** ***"
+    monkeypatch.setenv("HF_TOKEN", "a.token+of(no)known*form")
+    assert redacted("x a.token+of(no)known*form y") == "x *** y"
+
+
+@pytest.mark.parametrize("token", [None, "hf_" + "wrong" * 6], ids=["none", "wrong"])
+def test_without_a_good_token_nothing_is_made(hub, results, monkeypatch, capfd, token):
+    monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(SystemExit, match="2"):
+        push(results["pretrained"], "model")
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert "HF_TOKEN" in line
+    assert not token or token not in line
+    assert hub.repositories == {}
+
+
+def test_the_command_of_an_installed_wheel_as_a_user_gives_it(hub, results, tmp_path):
+    """The templates of cards travel with the package; a detector needs no remote code."""
+    pytest.importorskip("setuptools", minversion="77")
+    source, installed = tmp_path / "source", tmp_path / "installed"
+    for name in ("green_swin_hf", "hub_cards"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = "from setuptools.build_meta import build_wheel; print(build_wheel('.'))"
+    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=True)
+    with zipfile.ZipFile(source / done.stdout.splitlines()[-1]) as wheel:
+        wheel.extractall(installed)
+    shutil.rmtree(source)
+    command = [sys.executable, "-m", "green_swin_hf.publish", results["detection"], "--repo-id", "someone/detector"]
+    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1", **hub.environment(tmp_path)}
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Uploaded to http://127.0.0.1" in done.stdout
+    assert TOKEN not in done.stdout + done.stderr
+    assert {"detector.json", "README.md"} <= set(hub.files("someone/detector"))
+    assert "modeling_green_swin.py" not in hub.files("someone/detector")
