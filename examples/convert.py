@@ -22,9 +22,10 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 import green_swin_hf  # noqa: F401 (registers the models)
-from green_swin_hf.checkpointing import new_folder
+from green_swin_hf.checkpointing import listed_files, new_folder
 from green_swin_hf.configuration_green_swin import as_pair
 from green_swin_hf.pretrained_start import quiet_transformers
+from green_swin_hf.run_record import describe_start, write_record
 from green_swin_hf.training import OneLineParser, check_output_folder, one_line_errors
 from green_swin_hf.weight_conversion import Conversion, ConversionOptions, convert_to_green_swin
 from green_swin_hf.weight_conversion_export import Export, export_to_swin, export_to_timm
@@ -105,6 +106,8 @@ def write(conversion: Conversion, arguments: argparse.Namespace) -> tuple[Export
         if arguments.to == "green-swin":
             model.save_pretrained(folder)
             build_processor(processor).save_pretrained(folder)
+            origin = describe_start(str(arguments.source))
+            write_record(folder, {"kind": "conversion", "script": "convert.py", "start_from": origin})
         else:
             to = export_to_swin if arguments.to == "swin" else export_to_timm
             export = to(model, processor, folder, arguments.photo)
@@ -139,7 +142,7 @@ def report(conversion: Conversion, export: Export | None, names: list[str], argu
         print(f"Compared on {arguments.photo.name}: {comparison}")
     if conversion.source_format == "green-swin" and export is None:
         print("Compared: nothing, no tensor was renamed")
-    print(f"Wrote {arguments.output}: {', '.join(names)}. The weights keep the licence of their source.")
+    print(f"Wrote {arguments.output}: {listed_files(names)}. The weights keep the licence of their source.")
     print(f"Next: {next_step(conversion, arguments)}")
 
 

@@ -31,7 +31,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from green_swin_hf.augmentation import FinetuningImages, MixingCollator
-from green_swin_hf.checkpointing import listed, replace_files
+from green_swin_hf.checkpointing import listed_files, replace_files
 from green_swin_hf.configuration_green_swin import as_pair
 from green_swin_hf.energy import add_energy_flag, check_energy
 from green_swin_hf.finetuning import (
@@ -514,7 +514,7 @@ def print_results(
             f"{name.capitalize()}: top-1 {accuracy:.1%} (standard error {error:.1%}){top_5}, loss "
             f"{measured['loss']:.4f} on {count:,} images. Always answering the most common class scores {constant:.1%}."
         )
-    say(f"Wrote to {output}: {listed(written)}")
+    say(f"Wrote to {output}: {listed_files(written)}")
     say("Next, for example, classify a picture:")
     say(
         f"""  python -c "import green_swin_hf; from transformers import pipeline; """

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
 
 from green_swin_hf.checkpointing import (
-    listed,
+    listed_files,
     prepare_checkpoints,
     random_state,
     read_trainer_state,
@@ -562,7 +562,7 @@ def print_results(run: Run, written: list[str], seconds: float) -> None:
         f"{last['mask_map']:.3f}{masks_before}, at IoU 0.50 {last['mask_map_50']:.3f}, 0.75 {last['mask_map_75']:.3f}"
     )
     print(f"  masks {text}")
-    print(f"Wrote to {run.output}: {listed(written)}")
+    print(f"Wrote to {run.output}: {listed_files(written)}")
     image = run.validation.data.image_folder / run.validation.data.images[0]["file_name"]
     print("Next, for example, what it finds on an image:")
     mode = {"L": "GRAY"}.get(run.validation.mode, run.validation.mode)

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from green_swin_hf import GreenSwinBackbone
-from green_swin_hf.checkpointing import listed, replace_files
+from green_swin_hf.checkpointing import listed_files, replace_files
 from green_swin_hf.data import seeded_generator
 from green_swin_hf.drawn_shapes import load_photographs
 from green_swin_hf.energy import add_energy_flag, check_energy
@@ -534,7 +534,7 @@ def print_results(
     last = "test" if "test" in metrics else "validation"
     by_class = [f"{name} {iou:.3f}" for name, iou in metrics[last]["class_iou"].items() if iou is not None]
     print(f"  IoU of classes ({last}): {', '.join(by_class[:20])}{', …' if len(by_class) > 20 else ''}")
-    print(f"Wrote to {output}: {listed(names)}")
+    print(f"Wrote to {output}: {listed_files(names)}")
     image = Path(recipe.photographs or ".") / "coffee.png" if recipe.data is None else "IMAGE"
     print("Next, for example, the classes that it finds in an image:")
     print(

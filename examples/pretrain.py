@@ -30,7 +30,7 @@ from transformers import ViTImageProcessor
 
 from green_swin_hf import GreenSwinConfig, GreenSwinForMaskedImageModeling, SparseGeometry
 from green_swin_hf.checkpointing import (
-    listed,
+    listed_files,
     load_weights,
     prepare_checkpoints,
     random_state,
@@ -690,7 +690,7 @@ def print_results(run: Run, config: GreenSwinConfig, written: list[str], seconds
             f"Weighted k-NN on frozen features, {run.online_probe}: accuracy {run.probed} at the end, "
             f"{before['probe_accuracy']:.3f} after update {before['step']}."
         )
-    say(f"Wrote to {run.output}: {listed(written)}")
+    say(f"Wrote to {run.output}: {listed_files(written)}")
     rows, columns = as_pair(config.image_size)
     say("Next, for example, the features of an image:")
     say(

@@ -108,7 +108,7 @@ def replace_files(folder: Path, write: Callable[[Path], None], last: str = _WEIG
     return names
 
 
-def listed(names: Iterable[str]) -> str:
+def listed_files(names: Iterable[str]) -> str:
     """Names of the files of a result, for people: the code beside the weights counts as one."""
     shown = sorted({"code (*.py)" if name.endswith(".py") else name for name in names})
     return ", ".join(shown)
@@ -322,7 +322,7 @@ __all__ = [
     "checkpoint_step",
     "find_damage",
     "list_checkpoints",
-    "listed",
+    "listed_files",
     "load_weights",
     "new_folder",
     "newest_checkpoint",

@@ -37,6 +37,8 @@ from green_swin_hf import (
     GreenSwinModel,
 )
 from green_swin_hf.modeling_green_swin import position_encoding
+from green_swin_hf.publish import collect_files, find_result
+from green_swin_hf.run_record import read_record
 from green_swin_hf.weight_conversion_geometry import resize_table
 from green_swin_hf.weight_conversion_names import published_names, to_published_names
 
@@ -581,5 +583,11 @@ def test_the_command_as_a_user_gives_it(tmp_path):
     lines = done.stdout.splitlines()
     assert lines[0] == f"Source: {tmp_path}/swin.pth, Microsoft's Swin"
     assert re.search(r"Compared on astronaut.png: largest difference of outputs \d\.\de-0[5-9]", done.stdout)
-    assert f"Wrote {tmp_path}/out: config.json, model.safetensors, preprocessor_config.json." in done.stdout
+    files = "code (*.py), config.json, model.safetensors, preprocessor_config.json, run.json"
+    assert f"Wrote {tmp_path}/out: {files}." in done.stdout
+    record = read_record(tmp_path / "out")
+    assert (record["kind"], record["start_from"]) == ("conversion", {"name": "swin.pth", "on_hub": False})
+    card = collect_files(find_result(tmp_path / "out"), "someone/swin")["README.md"].decode()
+    assert "The weights derive from `swin.pth`." in card
+    assert "that of what they derive from holds" in card
     assert lines[-1].startswith("Next: python examples/evaluate_model.py --model")
