@@ -29,6 +29,8 @@ PRETRAIN = Path(__file__).resolve().parents[1] / "examples" / "pretrain.py"
 
 def pretrain_in_child(flags, output):
     """What a killable child process does; `_exit` because a finished run needs no more."""
+    # Loader workers that are forked see that their parent is gone; those of a server of the child's own would stay.
+    multiprocessing.set_start_method("fork", force=True)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
