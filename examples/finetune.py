@@ -152,7 +152,8 @@ def main(argv: list[str] | None = None) -> int:
             output, "classification", "finetune.py", is_resumed=checkpoint is not None, device=settings.device,
             precision=precision, track_energy=arguments.track_energy,
         )  # fmt: skip
-        record.note(start_from=describe_start(None if recipe.from_scratch else recipe.model))
+        if not checkpoint:  # later the folder may be gone
+            record.note(start_from=describe_start(None if recipe.from_scratch else recipe.model))
     print_heading(state, recipe, model, splits, settings, total_updates, peak, warmup, output, checkpoint)
     try:
         train(trainer, checkpoint, progress)
@@ -169,7 +170,11 @@ def main(argv: list[str] | None = None) -> int:
         record.stop()
         return fail(state, f"stopped: {error}; whole checkpoints are in {output / 'checkpoints'}")
     print_results(state, results, splits, output, written)
-    uploaded = not hub_id or not state.is_main_process or publish_results("finetune.py", output, hub_id)
+    uploaded = (
+        not hub_id
+        or not state.is_main_process
+        or publish_results("finetune.py", output, hub_id, public=arguments.hub_public)
+    )
     return 0 if uploaded else 1
 
 

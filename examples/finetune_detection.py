@@ -155,7 +155,8 @@ def main(argv: list[str] | None = None) -> int:
             output, "detection", "finetune_detection.py", is_resumed=checkpoint is not None, device=accelerator.device,
             precision=accelerator.mixed_precision, track_energy=arguments.track_energy,
         )  # fmt: skip
-        record.note(start_from=describe_start(arguments.init_from))
+        if not checkpoint:
+            record.note(start_from=describe_start(arguments.init_from))
         if train is None or validation is None:
             train, validation = draw_data(recipe, output, accelerator)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -188,7 +189,11 @@ def main(argv: list[str] | None = None) -> int:
         record.stop()
         return fail(accelerator, f"stopped: {last_line(error)}; whole checkpoints are in {output / 'checkpoints'}")
     print_results(run, written, time.monotonic() - started)
-    uploaded = not hub_id or not accelerator.is_main_process or publish_results("finetune_detection.py", output, hub_id)
+    uploaded = (
+        not hub_id
+        or not accelerator.is_main_process
+        or publish_results("finetune_detection.py", output, hub_id, public=arguments.hub_public)
+    )
     accelerator.end_training()
     return 0 if uploaded else 1
 

@@ -129,7 +129,8 @@ def main(argv: list[str] | None = None) -> int:
             output, "segmentation", "finetune_segmentation.py", is_resumed=checkpoint is not None,
             device=trainer_options.device, precision=precision, track_energy=arguments.track_energy,
         )  # fmt: skip
-        record.note(start_from=describe_start(recipe.init_from))
+        if not checkpoint:  # later the folder may be gone
+            record.note(start_from=describe_start(recipe.init_from))
 
     # Train; at the end the weights of the best evaluation are put back
     try:
@@ -149,7 +150,11 @@ def main(argv: list[str] | None = None) -> int:
         names = save_results(output, trainer, processor, data, metrics, class_names)
         record.stop(**recorded_facts(recipe, trainer, data, metrics, class_names))
         print_results(output, names, metrics, class_names, time.monotonic() - started, recipe)
-    uploaded = not hub_id or not is_main or publish_results("finetune_segmentation.py", output, hub_id)
+    uploaded = (
+        not hub_id
+        or not is_main
+        or publish_results("finetune_segmentation.py", output, hub_id, public=arguments.hub_public)
+    )
     trainer.accelerator.end_training()
     return 0 if uploaded else 1
 

@@ -191,7 +191,8 @@ def main(argv: list[str] | None = None) -> int:
             output, "pretraining", "pretrain.py", is_resumed=checkpoint is not None, device=accelerator.device,
             precision=accelerator.mixed_precision, track_energy=arguments.track_energy,
         )  # fmt: skip
-        record.note(start_from=describe_start(arguments.init_from))
+        if not checkpoint:
+            record.note(start_from=describe_start(arguments.init_from))
     loader = build_loader(run, source, transform, collator)
     print_heading(run, config, source, peak, warmup, checkpoint)
     progress = progress_bar(total_updates, state.update, shown=accelerator.is_main_process)
@@ -214,7 +215,11 @@ def main(argv: list[str] | None = None) -> int:
         record.stop()
         return fail(accelerator, f"stopped: {error}; whole checkpoints are in {output / 'checkpoints'}")
     print_results(run, config, written, time.monotonic() - started)
-    uploaded = not hub_id or not accelerator.is_main_process or publish_results("pretrain.py", output, hub_id)
+    uploaded = (
+        not hub_id
+        or not accelerator.is_main_process
+        or publish_results("pretrain.py", output, hub_id, public=arguments.hub_public)
+    )
     accelerator.end_training()
     return 0 if uploaded else 1
 

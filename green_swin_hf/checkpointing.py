@@ -192,7 +192,7 @@ def find_damage(path: Path) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != entry["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-            if _sha256(file) != entry["sha256"]:
+            if sha256(file) != entry["sha256"]:
                 return f"{name} does not have its checksum"
         missing = {_WEIGHTS, _TENSORS, _PROGRESS} - set(expected)
         return f"{', '.join(sorted(missing))} is missing" if missing else None
@@ -277,11 +277,12 @@ def _as_bytes(state: Tensor) -> Tensor:
 def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
     }
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Checksum of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -333,5 +334,6 @@ __all__ = [
     "replace_files",
     "restore_random_state",
     "save_checkpoint",
+    "sha256",
     "write_folder",
 ]

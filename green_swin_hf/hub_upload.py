@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import logging
 
@@ -89,8 +89,17 @@ def prepare_upload(repo_id: str, *, private: bool = True) -> str:
     return found
 
 
-def upload_files(repo_id: str, files: Mapping[str, Path | bytes], message: str) -> str:
+def upload_files(
+    repo_id: str, files: Mapping[str, Path | bytes], message: str, own: re.Pattern[str] | None = None
+) -> str:
     """Upload files, and nothing else, in one commit: a reader of the repository sees all of them or none.
+
+    Args:
+        repo_id: `user/name`.
+        files: by their names in the repository.
+        message: of the commit.
+        own: matches names that belong to such a set of files; those in the repository that are not in this one, such as
+            one file of weights where there are shards now, are removed by the same commit.
 
     Returns:
         Address of the commit.
@@ -98,10 +107,13 @@ def upload_files(repo_id: str, files: Mapping[str, Path | bytes], message: str) 
     Raises:
         OSError: the upload failed; the repository is as it was. The message holds no credentials.
     """
-    operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a warning of each new attempt would show the signed address
     try:
+        operations: list[Any] = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+        present = HfApi().list_repo_files(repo_id) if own else []
+        old = [name for name in present if own and own.fullmatch(name) and name not in files]
+        operations += [CommitOperationDelete(name) for name in old]
         commit: Any = HfApi().create_commit(repo_id, operations, commit_message=message)
     except Exception as error:  # the network's and the Hub's
         raise OSError(one_line(error)) from None

@@ -93,6 +93,7 @@ def card_values(facts: CardFacts) -> dict[str, Any]:
         "classes": facts.classes,
         "recipe": yaml.safe_dump(facts.recipe, sort_keys=False, default_flow_style=None) if facts.recipe else None,
         "is_from_random": _is_from_random(record) and not base_model,
+        "is_without_labels": _is_from_random(record) and not base_model and record["kind"] == "pretraining",
         "parameters": record.get("model", {}).get("parameters"),
         "data": record.get("data"),
         "start": record.get("start_from"),

@@ -10,28 +10,41 @@ run recorded. Exit codes: 0 done, 1 the upload failed (the repository is as it w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
+import shlex
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from . import image_processing_green_swin, modeling_green_swin
 from .configuration_green_swin import AUTO_MAP
-from .hub_upload import prepare_upload, upload_files
+from .hub_upload import one_line, prepare_upload, upload_files
 from .model_cards import PICTURES, CardFacts, render_card
-from .run_record import RECORD_FILE, read_record
+from .run_record import RECORD_FILE, read_record, weight_checksums
 from .training import OneLineParser, one_line_errors
 
 _CARD, _CONFIG, _PROCESSOR, _DETECTOR = "README.md", "config.json", "preprocessor_config.json", "detector.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _JSON_FILES = ("metrics.json", "detections.json", RECORD_FILE)
+_NAMES_OF_CLASSES = ("id2label", "label2id", "class_names", "most_common_class")
+# Files of a result: those in a repository that are not among the new ones are of an earlier one, and go with it.
+_OWN_FILES = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|(config|preprocessor_config|detector|metrics|detections|run)\.json"
+    r"|recipe\.yaml|log\.jsonl|(\w+_green_swin|gpu_attention|sparse_plan|token_layout|triton_attention|window_grouping)\.py|"
+    + "|".join(re.escape(name) for name in PICTURES)
+)
 _KINDS = {  # by the class that was saved
     "GreenSwinModel": "pretrained",
     "GreenSwinBackbone": "pretrained",
@@ -59,12 +72,29 @@ class Result:
     weights: tuple[str, ...]
 
 
+@contextlib.contextmanager
+def _whole(folder: Path) -> Iterator[None]:
+    """Files of a folder that hold other kinds of values than ours do are a `ValueError`."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, jinja2.UndefinedError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"a file of {folder} does not hold what a run writes ({reason}); save it again, or remove {RECORD_FILE}"
+        ) from None
+
+
 def find_result(folder: Path) -> Result:
     """What is in a folder.
 
     Raises:
-        ValueError: no GreenSwin, or one without weights.
+        ValueError: no GreenSwin, or one without weights, or a file that is not what a run or `save_pretrained` writes.
     """
+    with _whole(folder):
+        return _find_result(folder)
+
+
+def _find_result(folder: Path) -> Result:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give the output folder of a run, or one that save_pretrained wrote")
     if (folder / _DETECTOR).is_file():
@@ -91,11 +121,18 @@ def find_result(folder: Path) -> Result:
 
 
 def _weight_files(folder: Path) -> tuple[str, ...]:
-    if (folder / _WEIGHTS).is_file():
+    has_one, has_shards = ((folder / name).is_file() for name in (_WEIGHTS, _INDEX))
+    if has_one and has_shards:
+        raise ValueError(f"{folder} holds both {_WEIGHTS} and {_INDEX}; remove the one that is out of date")
+    if has_one:
         return (_WEIGHTS,)
-    if not (folder / _INDEX).is_file():
+    if not has_shards:
         raise ValueError(f"{folder} holds no weights ({_WEIGHTS}); give the output folder of a run that has finished")
     shards = sorted(set(_read_json(folder / _INDEX)["weight_map"].values()))
+    # An index from elsewhere may name any file of this machine.
+    other = [name for name in shards if not _SHARD.fullmatch(name)]
+    if other:
+        raise ValueError(f"{folder / _INDEX} names {other[0]!r}, which is no file of weights beside it; save it again")
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} lacks {missing[0]}, which {_INDEX} names; save the model again")
@@ -111,13 +148,28 @@ def collect_files(
         result: from `find_result`.
         repo_id: `user/name`, for the card.
         license, base_model: of the weights, in place of what the run recorded.
+
+    Raises:
+        ValueError: a file leads out of the folder, is not what a run writes, or the record is of other weights.
     """
+    with _whole(result.folder):
+        return _collect_files(result, repo_id, license, base_model)
+
+
+def _collect_files(
+    result: Result, repo_id: str, license: str | None, base_model: str | None
+) -> dict[str, Path | bytes]:
     folder = result.folder
     files: dict[str, Path | bytes] = {name: folder / name for name in (*result.weights, _DETECTOR, "log.jsonl")}
     files |= {name: folder / name for name in PICTURES}
     files = {name: path for name, path in files.items() if isinstance(path, Path) and path.is_file()}
+    _refuse_links(folder)
     present = [name for name in (_CONFIG, _PROCESSOR, *_JSON_FILES) if (folder / name).is_file()]
-    contents = {name: without_local_paths(_read_json(folder / name)) for name in present}
+    contents = {name: _read_json(folder / name) for name in present}
+    contents = {
+        name: _without_name(content) if name in (_CONFIG, _PROCESSOR) else without_local_paths(content)
+        for name, content in contents.items()
+    }
     if result.kind in ("pretrained", "classification"):
         contents[_CONFIG] = {**contents[_CONFIG], "auto_map": AUTO_MAP}
         files |= _code_files(contents.get(_PROCESSOR, {}))
@@ -126,12 +178,35 @@ def collect_files(
     if recipe:
         files["recipe.yaml"] = yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None).encode()
     record = without_local_paths(read_record(folder))
+    _refuse_other_weights(folder, record)
     facts = CardFacts(
         result.kind, repo_id, result.config, result.classes, recipe, record, frozenset(files), license, base_model
     )
     own_card = folder / _CARD
     files[_CARD] = own_card if own_card.is_file() else str(render_card(facts)).encode()
     return files
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raise a `ValueError` where an entry leads out of the folder, but for those of the Hub's cache."""
+    inside = (folder.resolve(), (folder / ".." / ".." / "blobs").resolve())
+    for path in folder.iterdir():
+        if path.is_symlink() and path.resolve().parent not in inside:
+            raise ValueError(f"{path} leads to {path.resolve()}, outside the folder; put a copy in its place")
+
+
+def _refuse_other_weights(folder: Path, record: dict[str, Any]) -> None:
+    """Raise a `ValueError` where the record is that of other weights than those in the folder."""
+    recorded = record.get("weights")
+    if recorded is not None and recorded != weight_checksums(folder):
+        raise ValueError(
+            f"the weights in {folder} are not those that its {RECORD_FILE} was written for; save changed weights to a "
+            f"folder of their own, or remove {RECORD_FILE}"
+        )
+
+
+def _without_name(content: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key != "_name_or_path"}
 
 
 def _code_files(processor: dict[str, Any]) -> dict[str, Path | bytes]:
@@ -146,9 +221,12 @@ def _code_files(processor: dict[str, Any]) -> dict[str, Path | bytes]:
 
 
 def without_local_paths(value: Any) -> Any:
-    """The same JSON content; of text that is a path of this machine, or leads out of a folder, the last component."""
+    """The same JSON content; of text that is a path of this machine, or leads out of a folder, the last component.
+
+    Names of classes stay as they are, whatever they look like.
+    """
     if isinstance(value, dict):
-        return {key: without_local_paths(entry) for key, entry in value.items() if key != "_name_or_path"}
+        return {key: entry if key in _NAMES_OF_CLASSES else without_local_paths(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [without_local_paths(entry) for entry in value]
     if isinstance(value, str) and re.match(r"(/|~|\.\.?/|[A-Za-z]:[\\/])[^\n]*$", value):
@@ -185,15 +263,16 @@ def publish(folder: Path, repo_id: str, *, license: str | None = None, base_mode
     """
     result = find_result(folder)
     files = collect_files(result, repo_id, license=license, base_model=base_model)
-    return upload_files(repo_id, files, f"Add {result.kind} model")
+    return upload_files(repo_id, files, f"Add {result.kind} model", own=_OWN_FILES)
 
 
-def publish_results(program: str, folder: Path, repo_id: str) -> bool:
+def publish_results(program: str, folder: Path, repo_id: str, *, public: bool = False) -> bool:
     """`publish` at the end of a script, whose results stay in `folder` in any case; whether it went well."""
     try:
         print(f"Uploaded to {publish(folder, repo_id)}")
     except (ValueError, OSError) as error:
-        again = f"python -m green_swin_hf.publish {folder} --repo-id {repo_id}"
+        words = ["python", "-m", "green_swin_hf.publish", str(folder), "--repo-id", repo_id]
+        again = shlex.join([*words, "--public"] if public else words)
         print(f"\n{program}: the upload to {repo_id} failed: {error}; send it later: {again}", file=sys.stderr)
         return False
     return True
@@ -202,6 +281,7 @@ def publish_results(program: str, folder: Path, repo_id: str) -> bool:
 def main(argv: list[str] | None = None) -> int:
     with one_line_errors("publish"):
         arguments = parse_arguments(argv)
+        _check_name(arguments.repo_id)
         result = find_result(arguments.folder)
         given = {"license": arguments.license, "base_model": arguments.base_model}
         files = collect_files(result, arguments.repo_id, **given)
@@ -212,13 +292,20 @@ def main(argv: list[str] | None = None) -> int:
         files = collect_files(result, repo_id, **given)
     print_files(result, files, repo_id, arguments)
     try:
-        address = upload_files(repo_id, files, f"Add {result.kind} model")
+        address = upload_files(repo_id, files, f"Add {result.kind} model", own=_OWN_FILES)
     except OSError as error:
         # the line of a progress bar may be open
         print(f"\npublish: the upload failed: {error}; {repo_id} is as it was, repeat the command", file=sys.stderr)
         return 1
     print(f"Uploaded to {address}")
     return 0
+
+
+def _check_name(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"the repository {repo_id!r} has no valid name: {one_line(error)}") from None
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -11,6 +11,7 @@
     training    `updates`, `epochs`, `images_per_update`, `learning_rate`, …
     metrics     entries as `metric` makes them
     license     of the weights, where known
+    weights     SHA-256 of each file of weights that all this was recorded for
 
 Whatever was not known is missing. Paths of the machine are not in it, only their last component.
 """
@@ -34,6 +35,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import ModelCard
 
+from .checkpointing import sha256
 from .energy import EnergyMeter
 
 RECORD_FILE = "run.json"
@@ -101,8 +103,15 @@ class RunRecord:
             self._start["energy"] = energy
             grams = f", {energy['co2_eq_grams']:.3g} g of CO2 equivalent" if "co2_eq_grams" in energy else ""
             print(f"Energy: about {energy['kwh']:.3g} kWh{grams} ({energy['source']})")
+        if facts and self._writes:
+            facts["weights"] = weight_checksums(self.folder)
         with contextlib.nullcontext() if facts else contextlib.suppress(OSError):
             self.note(**facts)
+
+
+def weight_checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of weights in a folder."""
+    return {path.name: sha256(path) for path in sorted(folder.glob("model*.safetensors"))}
 
 
 def write_record(folder: Path, content: dict[str, Any]) -> None:
@@ -167,7 +176,8 @@ def describe_start(name: str | None) -> dict[str, Any] | None:
     if not record:
         return _without_none({**found, **_card_entries(folder)})
     before = record.get("start_from")
-    is_own = record["kind"] != "conversion" and (before is None or bool(before.get("is_own")))
+    is_whole = bool(record.get("starts")) and all(record["starts"])  # an earlier start may have begun from anything
+    is_own = is_whole and record["kind"] != "conversion" and (before is None or bool(before.get("is_own")))
     known = {"license": record.get("license") or (before or {}).get("license")}
     return _without_none({**found, **known, "base_model": (before or {}).get("base_model"), "is_own": is_own or None})
 
@@ -258,5 +268,6 @@ __all__ = [
     "read_record",
     "total_energy",
     "total_seconds",
+    "weight_checksums",
     "write_record",
 ]

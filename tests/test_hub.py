@@ -1,6 +1,7 @@
 """Publishing to a Hub on loopback, and reading back what was published."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -15,11 +16,12 @@ import transformers
 from hub_server import TOKEN, HubServer, Repository
 from test_remote_code import run_without
 from tiny import images
-from tiny_results import PICTURES, save_picture, save_result
+from tiny_results import PICTURES, run_record, save_picture, save_result
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 
 from green_swin_hf import GreenSwinForImageClassification, GreenSwinForMaskedImageModeling, GreenSwinModel, publish
 from green_swin_hf.hub_upload import prepare_upload, redacted
+from green_swin_hf.run_record import write_record
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -138,6 +140,33 @@ def test_a_pinned_revision_stays_what_it_was(hub, results, tmp_path):
     assert not torch.equal(load("someone/model")(images(1)).reconstruction, expected)
 
 
+def test_files_of_an_earlier_result_go_with_the_commit_of_the_next(hub, results, tmp_path):
+    assert push(results["classification"], "model") == 0
+    hub.repositories["someone/model"].add({"of_the_user.txt": b"stays"})
+    model = GreenSwinForImageClassification.from_pretrained(results["classification"])
+    torch.nn.init.constant_(model.classifier.bias, 7.0)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert push(tmp_path / "shards", "model") == 0
+    files = set(hub.files("someone/model"))
+    assert "model.safetensors" not in files
+    assert "predictions.png" not in files
+    assert "of_the_user.txt" in files
+    read = AutoModelForImageClassification.from_pretrained("someone/model")
+    assert torch.equal(read.classifier.bias, model.classifier.bias)
+
+
+def test_names_of_classes_are_published_as_they_are(hub, results, tmp_path):
+    names = ["/m/01g317", "../x", "C:\\x"]
+    model = GreenSwinForImageClassification.from_pretrained(results["classification"])
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: index for index, name in enumerate(names)}
+    model.save_pretrained(tmp_path / "model")
+    assert push(tmp_path / "model", "model") == 0
+    config = AutoModelForImageClassification.from_pretrained("someone/model").config
+    assert list(config.id2label.values()) == names
+    assert config.label2id == {name: index for index, name in enumerate(names)}
+
+
 def test_a_private_repository_needs_a_token_and_a_public_one_none(hub, results, monkeypatch):
     assert push(results["pretrained"], "hidden") == push(results["pretrained"], "shown", "--public") == 0
     monkeypatch.delenv("HF_TOKEN")
@@ -215,10 +244,34 @@ WRONG_INPUT = {
     "damaged record": ("{model} --repo-id someone/a", "run.json cannot be read"),
     "no repository": ("{good}", "--repo-id"),
     "name": ("{good} --repo-id some/one/a", "has no valid name"),
+    "name, dry run": ("{good} --repo-id my+model! --dry-run", "has no valid name"),
+    "index that names another file": ("{index} --repo-id someone/a", "names '../../secret.safetensors'"),
+    "a link": ("{link} --repo-id someone/a", "outside the folder"),
+    "two sets of weights": ("{both} --repo-id someone/a", "holds both model.safetensors and"),
+    "other weights than recorded": ("{changed} --repo-id someone/a", "not those that its run.json was written for"),
+    "strange record": ("{strange} --repo-id someone/a", "does not hold what a run writes"),
+    "strange config": ("{list} --repo-id someone/a", "does not hold what a run writes"),
     "another user": ("{good} --repo-id other/a", "refuses 'other/a'"),
     "public already": ("{good} --repo-id someone/shown", "is a public repository already"),
     "flag": ("{good} --repo-id someone/a --pubic", "unrecognized arguments: --pubic"),
 }
+
+
+def spoiled(good, parent):
+    """Copies of a folder with one thing wrong in each."""
+    names = ("index", "link", "both", "changed", "strange", "list")
+    folders = {name: Path(shutil.copytree(good, parent / "spoiled" / name)) for name in names}
+    (folders["index"] / "model.safetensors").unlink()
+    index = json.dumps({"weight_map": {"x": "../../secret.safetensors"}})
+    (folders["index"] / "model.safetensors.index.json").write_text(index)
+    (folders["both"] / "model.safetensors.index.json").write_text(index)
+    (parent / "secret").write_text("secret")
+    (folders["link"] / "log.jsonl").unlink()
+    (folders["link"] / "log.jsonl").symlink_to(parent / "secret")
+    write_record(folders["changed"], {**run_record("pretrained"), "weights": {"model.safetensors": "0" * 64}})
+    write_record(folders["strange"], run_record("pretrained", starts=5))
+    (folders["list"] / "config.json").write_text("[]")
+    return folders
 
 
 @pytest.mark.parametrize(("words", "message"), WRONG_INPUT.values(), ids=WRONG_INPUT.keys())
@@ -232,6 +285,7 @@ def test_wrong_input_is_one_line_and_exit_code_2_and_uploads_nothing(hub, result
     (folders["damaged"] / "config.json").write_text("{")
     shutil.copytree(results["pretrained"], folders["model"], dirs_exist_ok=True)
     (folders["model"] / "run.json").write_text("{")
+    folders |= spoiled(results["pretrained"], tmp_path)
     hub.repositories["someone/shown"] = Repository(is_private=False)
     hub.repositories["someone/shown"].add({})
     with pytest.raises(SystemExit) as stopped:

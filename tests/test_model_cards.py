@@ -159,6 +159,15 @@ def test_licence_and_origin_are_those_of_the_weights(result, record, given, expe
     assert text in card.text
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_said"),
+    [({}, True), ({"kind": "conversion"}, False), ({"start_from": {"name": "classifier", "on_hub": False}}, False)],
+)
+def test_only_a_run_from_random_weights_is_said_to_have_learnt_without_labels(result, changes, is_said):
+    card = card_of(result("pretrained", run_record("pretrained", **changes)))
+    assert ("without labels" in card.text) == is_said
+
+
 def test_a_data_set_of_the_hub_is_named_as_one(result):
     record = run_record("pretrained", data={"name": "someone/pictures", "on_hub": True})
     assert card_of(result("pretrained", record)).data.to_dict()["datasets"] == ["someone/pictures"]

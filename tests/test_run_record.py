@@ -105,8 +105,11 @@ def test_what_weights_come_from_is_read_from_their_folder(tmp_path):
     assert describe_start(str(folder)) == {"name": "model", "on_hub": False}
     ModelCard(f"---\n{ModelCardData(license='mit', base_model='a/b').to_yaml()}\n---\n").save(folder / "README.md")
     assert describe_start(str(folder)) == {"name": "model", "on_hub": False, "license": "mit", "base_model": "a/b"}
-    write_record(folder, {"kind": "pretraining"})
+    start = {"started": "2031-05-06T07:08:09+00:00"}
+    write_record(folder, {"kind": "pretraining", "starts": [start]})
     assert describe_start(str(folder)) == {"name": "model", "on_hub": False, "is_own": True}
+    write_record(folder, {"kind": "pretraining", "starts": [{}, start]})  # the first start left no record
+    assert describe_start(str(folder)) == {"name": "model", "on_hub": False}
     write_record(folder, {"kind": "pretraining", "start_from": {**stock, "license": "mit"}})
     expected = {"name": "model", "on_hub": False, "license": "mit", "base_model": "microsoft/swin-x"}
     assert describe_start(str(folder)) == expected
