@@ -169,6 +169,8 @@ def _renamed(
     """
     found = checkpoint.tensors
     if source_format in ("swin", "green-swin"):
+        if not checkpoint.config:
+            raise ValueError(f"{checkpoint.path} comes without a config.json; give the folder that has both")
         names = our_names_of_folder(found)
     else:
         names = published_names(source_format, count_blocks(found), count_decoder_blocks(found))
@@ -222,8 +224,6 @@ def _read_source(
     if source_format in ("swin", "green-swin"):
         if options.layer_norm_eps is not None:
             raise ValueError("--layer-norm-eps is for files of weights alone; this folder's config.json tells it")
-        if not checkpoint.config:
-            raise ValueError(f"{checkpoint.path} comes without a config.json; give the folder that has both")
         config = folder_config(checkpoint.config)
     else:
         config = config_of_shapes(
