@@ -17,6 +17,7 @@ from .weight_conversion_names import count_blocks, count_decoder_blocks
 _EPSILON = {"greenmim": 1e-6}
 _PUBLISHED_DECODER = (512, 16)  # width and heads of every published GreenMIM
 _LARGEST_SIDE = 4096  # of an image, in pixels: a comparison takes some 10 GB of memory there
+_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 _MOST_LABELS = 1_000_000
 # What is taken over of somebody's config.json: what we define, and nothing that changes how a folder is loaded.
 _OWN_FIELDS = {
@@ -40,7 +41,10 @@ def folder_config(checkpoint: Checkpoint) -> GreenSwinConfig:
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{file}: {key} is {value}, which is no finite number")
     _check_labels(file, entries)
-    config = GreenSwinConfig.from_dict(entries)
+    try:
+        config = GreenSwinConfig.from_dict(entries)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     found = count_blocks(checkpoint.tensors)
     if tuple(config.depths) != found:
         raise ValueError(f"{file}: depths {list(config.depths)}, but the weights have blocks for {list(found)}")
@@ -56,11 +60,15 @@ def _check_labels(file: Path, entries: Mapping[str, Any]) -> None:
     """Raise a `ValueError` unless the names of classes are a JSON object of numbers and names, as transformers' are."""
     names, numbers, count = (entries.get(key) for key in ("id2label", "label2id", "num_labels"))
     if names is not None and not (
-        isinstance(names, dict) and all(str(key).isdecimal() and isinstance(name, str) for key, name in names.items())
+        isinstance(names, dict)
+        and set(names) == {str(number) for number in range(len(names))}
+        and all(isinstance(name, str) for name in names.values())
     ):
-        raise ValueError(f'{file}: id2label must be a JSON object from numbers to names, such as {{"0": "cat"}}')
+        raise ValueError(f'{file}: id2label must be a JSON object from numbers (0, 1, …) to names, as {{"0": "cat"}}')
     if numbers is not None and not (isinstance(numbers, dict) and all(type(key) is int for key in numbers.values())):
         raise ValueError(f'{file}: label2id must be a JSON object from names to numbers, such as {{"cat": 0}}')
+    if entries.get("problem_type") not in (None, *_PROBLEM_TYPES):
+        raise ValueError(f"{file}: problem_type {entries['problem_type']!r} must be one of {', '.join(_PROBLEM_TYPES)}")
     if count is not None and not (type(count) is int and 0 <= count <= _MOST_LABELS):
         raise ValueError(f"{file}: num_labels {count!r} must be a whole number of at most {_MOST_LABELS}")
 

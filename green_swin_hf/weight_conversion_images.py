@@ -69,7 +69,8 @@ def _from_timm(described: Mapping[str, Any]) -> dict[str, Any]:
         options |= {"image_mean": described["mean"], "image_std": described["std"]}
     if str(described.get("interpolation")) in _RESAMPLING:
         options["resample"] = _RESAMPLING[described["interpolation"]]
-    size, share = described.get("input_size"), described.get("crop_pct")
+    size: Any = described.get("input_size")
+    share: Any = described.get("crop_pct")
     is_square = isinstance(size, list) and len(size) == 3 and type(size[1]) is int and size[1] == size[2]
     is_crop = described.get("crop_mode", "center") == "center" and _is_number(share) and 0.01 < share < 1
     if is_square and is_crop:

@@ -192,8 +192,8 @@ def to_our_names(tensors: Mapping[str, Tensor], names: Mapping[str, tuple[str, .
 
 def _check_tensor(name: str, tensor: Tensor, ours: tuple[str, ...]) -> None:
     """Raise a `ValueError` unless a tensor is a dense one of floats with the dimensions its name implies."""
-    if tensor.layout != torch.strided or tensor.dtype not in _FLOATS:
-        kind = f"{tensor.layout} {tensor.dtype}".replace("torch.", "")
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in _FLOATS:
+        kind = f"{'meta' if tensor.is_meta else tensor.layout} {tensor.dtype}".replace("torch.", "")
         raise ValueError(f"{name} is {kind}; weights must be dense, of float16, bfloat16, float32 or float64")
     dimensions = _dimensions(ours[0])
     if dimensions not in (None, tensor.ndim):

@@ -455,6 +455,7 @@ BROKEN = {
     "whole numbers": (lambda t: {k: v.int() for k, v in t.items()}, "is strided int32; weights must be dense"),
     "complex": (lambda t: {k: v.to(torch.complex64) for k, v in t.items()}, "is strided complex64; weights must be"),
     "sparse": (lambda t: {**t, QKV: t[QKV].to_sparse()}, "is sparse_coo float32; weights must be dense"),
+    "without memory": (lambda t: {**t, QKV: t[QKV].to("meta")}, f"{QKV} is meta float32; weights must be dense"),
     "scalar": (lambda t: {**t, QKV: torch.tensor(1.0)}, f"{QKV} has shape (); in a Swin it has 2 dimensions"),
     "not queries, keys and values": (lambda t: {**t, QKV: t[QKV][:-1]}, "which are not queries, keys and values"),
     "flat table": (lambda t: {k: v[:, 0] if "bias_table" in k else v for k, v in t.items()}, "it has 2 dimensions"),
@@ -526,6 +527,9 @@ def test_settings_that_contain_themselves_are_read(tmp_path):
 
 ENTRIES = {
     "labels": ({"id2label": ["a"] * 5}, {}, "id2label must be a JSON object"),
+    "labels that leave a number out": ({"id2label": {"0": "a", "2": "b"}}, {}, "id2label must be a JSON object"),
+    "problem": ({"problem_type": 3}, {}, "problem_type 3 must be one of regression"),
+    "rate": ({"drop_path_rate": "a"}, {}, "config.json: drop_path_rate 'a' must be a number"),
     "numbers": ({"label2id": [0]}, {}, "label2id must be a JSON object"),
     "count": ({"id2label": None, "num_labels": 10**10}, {}, "num_labels 10000000000 must be"),
     "depths": ({"depths": [2, 2, 10**9]}, {}, "depths [2, 2, 1000000000], but the weights have blocks for [2, 2, 2]"),
