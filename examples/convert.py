@@ -29,7 +29,7 @@ from green_swin_hf.run_record import describe_start, write_record
 from green_swin_hf.training import OneLineParser, check_output_folder, one_line_errors
 from green_swin_hf.weight_conversion import Conversion, ConversionOptions, convert_to_green_swin
 from green_swin_hf.weight_conversion_export import Export, export_to_swin, export_to_timm
-from green_swin_hf.weight_conversion_files import fetch_source
+from green_swin_hf.weight_conversion_files import fetch_source, refusal_in_one_line
 from green_swin_hf.weight_conversion_images import build_processor, processor_options
 from green_swin_hf.weight_conversion_names import FORMATS
 
@@ -74,8 +74,8 @@ def read_options(arguments: argparse.Namespace) -> ConversionOptions:
     size = arguments.image_size
     if size is not None and len(size) > 2:
         raise ValueError(f"--image-size takes one or two numbers, not {len(size)}")
-    if arguments.layer_norm_eps is not None and not arguments.layer_norm_eps > 0:
-        raise ValueError(f"--layer-norm-eps {arguments.layer_norm_eps} must be greater than 0")
+    if arguments.layer_norm_eps is not None and not 0 < arguments.layer_norm_eps < float("inf"):
+        raise ValueError(f"--layer-norm-eps {arguments.layer_norm_eps} must be a finite number greater than 0")
     return ConversionOptions(
         source_format=arguments.source_format,
         legacy_merge_order=arguments.legacy_merge_order,
@@ -172,7 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = read_options(arguments)
         check_paths(arguments.output, arguments.photo)
         conversion = convert_to_green_swin(fetch_source(arguments.source), arguments.photo, options)
-        export, names = write(conversion, arguments)
+        with refusal_in_one_line(arguments.source):
+            export, names = write(conversion, arguments)
     report(conversion, export, names, arguments)
     return 0
 

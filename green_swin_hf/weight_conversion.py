@@ -29,8 +29,16 @@ from .weight_conversion_check import (
     published_outputs,
     set_epsilon,
 )
-from .weight_conversion_files import Checkpoint, open_checkpoint
-from .weight_conversion_geometry import adapt_weights, check_windows, config_of_shapes, folder_config, table_windows
+from .weight_conversion_files import Checkpoint, open_checkpoint, refusal_in_one_line
+from .weight_conversion_geometry import (
+    adapt_weights,
+    check_image_size,
+    check_windows,
+    config_of_shapes,
+    folder_config,
+    own_entries,
+    table_windows,
+)
 from .weight_conversion_names import (
     FORMATS,
     count_blocks,
@@ -124,7 +132,11 @@ def convert_to_green_swin(source: Path, photo: Path, options: ConversionOptions 
         ValueError: the source is not readable or not understood to the last tensor, or the outputs differ.
         OSError: the photograph is not readable.
     """
-    checkpoint = open_checkpoint(source)
+    with refusal_in_one_line(source):
+        return _converted(open_checkpoint(source), photo, options)
+
+
+def _converted(checkpoint: Checkpoint, photo: Path, options: ConversionOptions) -> Conversion:
     source_format = options.source_format or recognise_format(checkpoint.tensors, checkpoint.config)
     tensors, left_out = _renamed(checkpoint, source_format, options)
     num_tensors = len(checkpoint.tensors) - sum(note.count for note in left_out)
@@ -169,6 +181,8 @@ def _renamed(
     """
     found = checkpoint.tensors
     if source_format in ("swin", "green-swin"):
+        if not checkpoint.config:
+            raise ValueError(f"{checkpoint.path} comes without a config.json; give the folder that has both")
         names = our_names_of_folder(found)
     else:
         names = published_names(source_format, count_blocks(found), count_decoder_blocks(found))
@@ -222,9 +236,7 @@ def _read_source(
     if source_format in ("swin", "green-swin"):
         if options.layer_norm_eps is not None:
             raise ValueError("--layer-norm-eps is for files of weights alone; this folder's config.json tells it")
-        if not checkpoint.config:
-            raise ValueError(f"{checkpoint.path} comes without a config.json; give the folder that has both")
-        config = folder_config(checkpoint.config)
+        config = folder_config(checkpoint)
     else:
         config = config_of_shapes(
             tensors,
@@ -236,6 +248,7 @@ def _read_source(
         )
     if options.image_size is not None and table_windows(tensors, config.num_layers) != config.stage_window_sizes:
         config.image_size = options.image_size  # what the file says of it cannot be true
+    check_image_size(config)
     check_windows(tensors, config)
     kinds = (kind for kind, prefix in _HEADS.items() if any(name.startswith(prefix) for name in tensors))
     return _Source(checkpoint, source_format, tensors, config, next(kinds, "encoder"))
@@ -251,16 +264,20 @@ def build_model(kind: str, config: GreenSwinConfig, tensors: Mapping[str, Tensor
     Raises:
         ValueError: names or shapes are not those of the model.
     """
-    model: Any = MODELS[kind](config)
-    encoder_only = kind == "encoder"
+    named = {name.removeprefix("swin.") if kind == "encoder" else name: tensor for name, tensor in tensors.items()}
     try:
-        model.load_state_dict(
-            {name.removeprefix("swin.") if encoder_only else name: tensor for name, tensor in tensors.items()}
-        )
+        with torch.device("meta"):  # first without memory: a configuration may claim any size
+            _load(MODELS[kind](config), {name: tensor.to("meta") for name, tensor in named.items()})
+        model: Any = MODELS[kind](config)
+        _load(model, named)
     except RuntimeError as error:
         lines = str(error).split("\n\t")[1:]
         raise ValueError(f"the weights do not fit their configuration: {' '.join(lines)[:300]}") from None
     return model.eval()
+
+
+def _load(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    model.load_state_dict(tensors)
 
 
 def _compared(
@@ -306,7 +323,10 @@ def stock_comparisons(
     """
     stock_class = getattr(transformers, _STOCK[kind])
     try:
-        stock = stock_class.from_pretrained(folder, dtype=torch.float32).eval()
+        # of a stranger's config.json only what our own model takes over
+        entries = own_entries(transformers.SwinConfig.get_config_dict(folder)[0])
+        stock_config = transformers.SwinConfig.from_dict(entries)
+        stock = stock_class.from_pretrained(folder, config=stock_config, dtype=torch.float32).eval()
         as_loaded = compare_outputs(ours, outputs_of(stock, pixels), f"from transformers' {_STOCK[kind]}")
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -319,9 +339,14 @@ def stock_comparisons(
 
 
 def accepted(comparison: Comparison) -> Comparison:
-    """The comparison itself, or a `ValueError` where the outputs differ by more than rounding."""
+    """The comparison itself, or a `ValueError` where the outputs differ by more than rounding, or prove nothing."""
     if not comparison.agrees:
         raise ValueError(f"the conversion is refused, nothing is written: {comparison}")
+    if not comparison.depends_on_the_picture:
+        raise ValueError(
+            "the conversion is refused, nothing is written: the outputs are the same for two pictures, which proves "
+            f"nothing ({comparison}); give trained weights, and the epsilon they were trained with"
+        )
     return comparison
 
 

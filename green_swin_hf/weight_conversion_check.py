@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,22 +30,30 @@ class Comparison:
         against: what ours was compared with, in words.
         difference: largest absolute difference.
         scale: largest absolute value of the other's outputs.
+        variation: largest absolute difference of the other's outputs for two pictures.
     """
 
     against: str
     difference: float
     scale: float
+    variation: float
 
     @property
     def agrees(self) -> bool:
-        return self.difference <= TOLERANCE * max(self.scale, 1.0)  # False also for NaN
+        finite = math.isfinite(self.scale)
+        return finite and self.difference <= TOLERANCE * max(self.scale, 1.0)  # False also for NaN
+
+    @property
+    def depends_on_the_picture(self) -> bool:
+        """Whether the outputs tell more than rounding: those of zeros, or of a huge epsilon, agree with anything."""
+        return self.variation > TOLERANCE * max(self.scale, 1.0)
 
     def __str__(self) -> str:
         return f"largest difference of outputs {self.difference:.1e} (largest output {self.scale:.3g}) {self.against}"
 
 
 def compare_outputs(ours: Sequence[Tensor], theirs: Sequence[Tensor], against: str) -> Comparison:
-    """Compare outputs pair by pair.
+    """Compare outputs pair by pair, each [2, ...]: of two pictures.
 
     Raises:
         ValueError: they have different shapes.
@@ -54,7 +63,9 @@ def compare_outputs(ours: Sequence[Tensor], theirs: Sequence[Tensor], against: s
             raise ValueError(f"outputs have shape {tuple(left.shape)}, {against} {tuple(right.shape)}")
     pairs = [(left.float(), right.float()) for left, right in zip(ours, theirs, strict=True)]
     difference = torch.stack([(left - right).abs().max() for left, right in pairs]).max()
-    return Comparison(against, difference.item(), max(right.abs().max().item() for _, right in pairs))
+    scale = torch.stack([right.abs().max() for _, right in pairs]).max()
+    variation = torch.stack([(right[0] - right[1]).abs().max() for _, right in pairs]).max()
+    return Comparison(against, difference.item(), scale.item(), variation.item())
 
 
 @torch.no_grad()
@@ -77,7 +88,7 @@ def set_epsilon(model: nn.Module, epsilon: float) -> None:
 
 
 def photo_pixels(photo: Path, size: tuple[int, int], num_channels: int) -> Tensor:
-    """A photograph as the input of a comparison: [1, num_channels, rows, columns], about zero mean, unit variance.
+    """A photograph and its half turn, for a comparison: [2, num_channels, rows, columns], zero mean, unit variance.
 
     Raises:
         OSError: it cannot be read.
@@ -87,7 +98,8 @@ def photo_pixels(photo: Path, size: tuple[int, int], num_channels: int) -> Tenso
     colours = torch.from_numpy(np.asarray(resized, dtype=np.float32) / 255).permute(2, 0, 1)
     channels = colours.mean(dim=0, keepdim=True) if num_channels == 1 else colours
     pixels = channels.repeat(-(-num_channels // len(channels)), 1, 1)[:num_channels]
-    return ((pixels - pixels.mean()) / pixels.std())[None]
+    pixels = (pixels - pixels.mean()) / pixels.std().clamp(min=1e-6)
+    return torch.stack([pixels, pixels.flip(1, 2)])
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import SwinConfig, ViTImageProcessor
+from transformers import BitImageProcessor, SwinConfig, ViTImageProcessor
 
 from .configuration_green_swin import VARIANTS, GreenSwinConfig, as_pair, stage_grid_sizes
 from .modeling_green_swin import GreenSwinBackbone, GreenSwinForImageClassification, GreenSwinPreTrainedModel
@@ -86,12 +86,21 @@ def export_to_swin(model: GreenSwinPreTrainedModel, processor: Mapping[str, Any]
     buffers = {name.replace(end, "relative_position_index"): index for name in tensors if name.endswith(end)}
     _save({**tensors, **buffers}, folder)
     stock_config(model.config, kind).save_pretrained(folder)
-    ViTImageProcessor(**processor).save_pretrained(folder)
+    stock_processor(processor).save_pretrained(folder)
     pixels = photo_pixels(photo, as_pair(model.config.image_size), model.config.num_channels)
     ours = _outputs(model, kind, pixels)
     if model.config.num_channels == 1:
         left_out = [*left_out, "turning pictures grey, which the stock image processor does not do"]
     return Export(len(tensors), left_out, stock_comparisons(folder, kind, model.config, pixels, ours))
+
+
+def stock_processor(options: Mapping[str, Any]) -> ViTImageProcessor | BitImageProcessor:
+    """The processor of transformers 4.x and 5.x with these options.
+
+    ViT's of 4.x knows neither a shortest edge nor a crop; BiT's has both, and in 5.x the results of ViT's.
+    """
+    cropped = options.get("do_center_crop") or "shortest_edge" in options["size"]
+    return (BitImageProcessor if cropped else ViTImageProcessor)(**options)
 
 
 def check_stock_geometry(config: GreenSwinConfig) -> None:
@@ -246,5 +255,6 @@ __all__ = [
     "export_to_swin",
     "export_to_timm",
     "stock_config",
+    "stock_processor",
     "timm_config",
 ]

@@ -8,13 +8,14 @@ import pickle
 import re
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,6 +24,7 @@ _WRAPPERS = ("model", "state_dict", "model_state_dict")
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 # Settings that training scripts save beside the weights: harmless, and read as plain values. `yacs` (Microsoft's
 # configuration) need not be installed, its nodes become dictionaries.
+_ASK = "ask for a .safetensors file, or a state dict saved by torch.save"
 _SAFE_GLOBALS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode"), set]
 
 
@@ -53,6 +55,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if path.is_dir():
         config, processor = (_read_json(path / f"{name}.json") for name in ("config", "preprocessor_config"))
+        for name in ("pretrained_cfg", "model_args"):  # timm's
+            if not isinstance(config.get(name, {}), dict):
+                raise ValueError(f"{path / 'config.json'}: {name} must be a JSON object, not {config[name]!r}")
         tensors = {}
         for file in _weight_files(path):
             tensors.update(_read_file(file).tensors)
@@ -88,9 +93,23 @@ def _weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
         if (folder / f"{name}.index.json").is_file():
-            shards = set(_read_json(folder / f"{name}.index.json").get("weight_map", {}).values())
-            return [folder / Path(shard).name for shard in sorted(shards)]
+            return [folder / shard for shard in _shard_names(folder / f"{name}.index.json")]
     raise ValueError(f"{folder} holds neither of {', '.join(_WEIGHT_FILES)}; give a folder with weights, or the file")
+
+
+def _shard_names(index: Path) -> list[str]:
+    """Names of the files that an index lists.
+
+    Raises:
+        ValueError: it lists none, or something else than files beside it.
+    """
+    listed = _read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(f"{index}: weight_map must be a JSON object from names of tensors to names of files")
+    for name in listed.values():
+        if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+            raise ValueError(f"{index}: weight_map lists {name!r}; it must list names of files beside it, not paths")
+    return sorted(set(listed.values()))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -98,8 +117,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {_one_line(error)}") from None
     if not isinstance(entries, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(entries).__name__}")
     return entries
@@ -110,8 +129,8 @@ def _read_file(path: Path) -> Checkpoint:
         return _from_pickled(path, _read_pickled(path))
     try:
         return Checkpoint(path, load_file(path))
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no readable safetensors file: {error}") from None
+    except Exception as error:  # damaged files raise what the reader of the moment stumbles on
+        raise ValueError(f"{path} is no readable safetensors file: {_one_line(error)}") from None
 
 
 def _read_pickled(path: Path) -> Any:
@@ -120,16 +139,18 @@ def _read_pickled(path: Path) -> Any:
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, on the pickle protocol of strangers
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        if wanted is None:
-            raise ValueError(f"{path} is no readable checkpoint of torch: {_one_line(error)}") from None
-        raise ValueError(
-            f"{path} is refused: opening it would run {wanted[1]}, and weights need no code; ask for a .safetensors "
-            "file, or, if you trust its author, open it apart from your data and save its tensors as one"
-        ) from None
+    except OSError as error:
+        raise ValueError(f"{path} is not readable: {error.strerror or _one_line(error)}") from None
     except Exception as error:  # damaged files raise what the reader of the moment stumbles on
-        raise ValueError(f"{path} is no readable checkpoint of torch: {_one_line(error)}") from None
+        wanted = re.search(r"GLOBAL ([\w.]{1,100})", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if wanted is None:  # torch's own words advise to run the code of the file
+            raise ValueError(
+                f"{path} is no readable checkpoint of torch: it is damaged, or of a kind that would run code when "
+                f"opened (a plain pickle, a TorchScript archive, a file of before torch 1.6); {_ASK}"
+            ) from None
+        raise ValueError(
+            f"{path} is refused: opening it would run {wanted[1]}, and weights need no code; {_ASK}"
+        ) from None
 
 
 def _from_pickled(path: Path, content: Any) -> Checkpoint:
@@ -152,11 +173,15 @@ def _from_pickled(path: Path, content: Any) -> Checkpoint:
 
 def _flat_settings(node: Any) -> dict[str, Any]:
     """Settings by their last name in lower case: `DATA.IMG_SIZE` of a nested configuration is `img_size`."""
-    entries = vars(node) if isinstance(node, argparse.Namespace) else node
     flat: dict[str, Any] = {}
-    if isinstance(entries, dict):
-        for key, value in entries.items():
-            flat.update(_flat_settings(value) if isinstance(value, dict) else {str(key).lower(): value})
+    waiting, seen = [node], set()
+    while waiting:  # not by recursion: a file may hold a dictionary that contains itself
+        found = waiting.pop()
+        entries = vars(found) if isinstance(found, argparse.Namespace) else found
+        if isinstance(entries, dict) and id(entries) not in seen:
+            seen.add(id(entries))
+            waiting.extend(value for value in entries.values() if isinstance(value, dict))
+            flat.update({str(key).lower(): value for key, value in entries.items() if not isinstance(value, dict)})
     return flat
 
 
@@ -164,4 +189,18 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-__all__ = ["Checkpoint", "fetch_source", "open_checkpoint"]
+@contextmanager
+def refusal_in_one_line(path: Path | str) -> Iterator[None]:
+    """Turn what nobody foresaw of a stranger's file into a `ValueError` of one line that names the file."""
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+        if "weights_only" in str(error):  # torch's advice to run the code of the file
+            reason = f"its weights are no plain state dict; {_ASK}"
+        raise ValueError(f"{path} cannot be converted: {reason}") from error
+
+
+__all__ = ["Checkpoint", "fetch_source", "open_checkpoint", "refusal_in_one_line"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,19 +16,70 @@ from .weight_conversion_names import count_blocks, count_decoder_blocks
 # LayerNorm's epsilon is in no file. GreenMIM's is that of its pretraining scripts; the others keep torch's default.
 _EPSILON = {"greenmim": 1e-6}
 _PUBLISHED_DECODER = (512, 16)  # width and heads of every published GreenMIM
+_LARGEST_SIDE = 4096  # of an image, in pixels: a comparison takes some 10 GB of memory there
+_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+_MOST_LABELS = 1_000_000
+# What is taken over of somebody's config.json: what we define, and nothing that changes how a folder is loaded.
+_OWN_FIELDS = {
+    *(name for name in GreenSwinConfig.__annotations__ if name != "attribute_map" and not name.startswith("_")),
+    *("id2label", "label2id", "num_labels", "problem_type", "out_features", "out_indices"),
+}
 _TABLE = "attention.self.relative_position_bias_table"
 _POSITIONS = "swin.embeddings.position_embeddings"
 _PROJECTION = "swin.embeddings.patch_embeddings.projection.weight"
 
 
-def folder_config(entries: Mapping[str, Any]) -> GreenSwinConfig:
-    """Our configuration from the `config.json` of a stock Swin or a GreenSwin.
+def folder_config(checkpoint: Checkpoint) -> GreenSwinConfig:
+    """Our configuration from the `config.json` of a stock Swin or a GreenSwin: what our own fields and labels say.
 
     Raises:
-        ValueError: an entry is out of range.
+        ValueError: an entry is out of range, or not that of the weights.
     """
-    foreign = ("architectures", "auto_map", "transformers_version", "dtype", "torch_dtype", "encoder_stride")
-    return GreenSwinConfig.from_dict({key: value for key, value in entries.items() if key not in foreign})
+    file = checkpoint.path / "config.json"
+    entries = own_entries(checkpoint.config)
+    for key, value in entries.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{file}: {key} is {value}, which is no finite number")
+    _check_labels(file, entries)
+    try:
+        config = GreenSwinConfig.from_dict(entries)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    found = count_blocks(checkpoint.tensors)
+    if tuple(config.depths) != found:
+        raise ValueError(f"{file}: depths {list(config.depths)}, but the weights have blocks for {list(found)}")
+    return config
+
+
+def own_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of a `config.json` that are taken over."""
+    return {key: value for key, value in entries.items() if key in _OWN_FIELDS and value is not None}
+
+
+def _check_labels(file: Path, entries: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` unless the names of classes are a JSON object of numbers and names, as transformers' are."""
+    names, numbers, count = (entries.get(key) for key in ("id2label", "label2id", "num_labels"))
+    if names is not None and not (
+        isinstance(names, dict)
+        and set(names) == {str(number) for number in range(len(names))}
+        and all(isinstance(name, str) for name in names.values())
+    ):
+        raise ValueError(f'{file}: id2label must be a JSON object from numbers (0, 1, …) to names, as {{"0": "cat"}}')
+    if numbers is not None and not (isinstance(numbers, dict) and all(type(key) is int for key in numbers.values())):
+        raise ValueError(f'{file}: label2id must be a JSON object from names to numbers, such as {{"cat": 0}}')
+    if entries.get("problem_type") not in (None, *_PROBLEM_TYPES):
+        raise ValueError(f"{file}: problem_type {entries['problem_type']!r} must be one of {', '.join(_PROBLEM_TYPES)}")
+    if count is not None and not (type(count) is int and 0 <= count <= _MOST_LABELS):
+        raise ValueError(f"{file}: num_labels {count!r} must be a whole number of at most {_MOST_LABELS}")
+
+
+def check_image_size(config: GreenSwinConfig) -> None:
+    """Raise a `ValueError` where images are too large for comparing outputs on one."""
+    if max(as_pair(config.image_size)) > _LARGEST_SIDE:
+        raise ValueError(
+            f"image_size {_listed(as_pair(config.image_size))} is too large to compare outputs on; give an "
+            f"--image-size of at most {_LARGEST_SIDE} pixels a side"
+        )
 
 
 def config_of_shapes(
@@ -79,7 +131,15 @@ def config_of_shapes(
             f"{checkpoint.path} does not tell its image size (no buffer or setting does); give the size it was trained "
             f"with, such as --image-size {max(windows) * patch * 2 ** (len(depths) - 1)}"
         )
-    return GreenSwinConfig.from_dict({**fields, "image_size": size})
+    config = GreenSwinConfig.from_dict({**fields, "image_size": size})
+    rows, columns = as_pair(config.image_size)
+    if rows % patch or columns % patch:
+        nearest = max(min(rows, columns) // patch, 1) * patch
+        raise ValueError(
+            f"image_size {_listed((rows, columns))} must be a multiple of the patch of {patch} pixels; give such a "
+            f"--image-size, for example {nearest}"
+        )
+    return config
 
 
 def _decoder_fields(tensors: Mapping[str, Tensor], checkpoint: Checkpoint, heads: int | None) -> dict[str, Any]:
@@ -215,8 +275,12 @@ def adapt_weights(
     changes: dict[str, Any] = {"image_size": image_size, "window_size": window_size, "num_channels": num_channels}
     changes = {name: value for name, value in changes.items() if value is not None}
     adapted = GreenSwinConfig.from_dict({**config.to_dict(), **changes})
+    check_image_size(adapted)
     if changes and "decoder.predictor.weight" in tensors:
-        adapted.validate_geometry()  # pretraining takes whole mask units only
+        try:
+            adapted.validate_geometry()  # pretraining takes whole mask units only
+        except ValueError as error:
+            raise ValueError(f"{error}; give such a --image-size, or leave the decoder out: --drop-head") from None
     result, notes = dict(tensors), []
     old_size, new_size = as_pair(config.image_size), as_pair(adapted.image_size)
     if old_size != new_size:
@@ -284,11 +348,13 @@ def adapt_channels(weight: Tensor, num_channels: int) -> Tensor:
 __all__ = [
     "adapt_channels",
     "adapt_weights",
+    "check_image_size",
     "check_windows",
     "config_of_shapes",
     "crop_table",
     "folder_config",
     "label_fields",
+    "own_entries",
     "resize_positions",
     "resize_table",
     "table_windows",

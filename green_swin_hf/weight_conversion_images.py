@@ -31,23 +31,49 @@ def processor_options(checkpoint: Checkpoint, config: GreenSwinConfig) -> dict[s
         given = {key: value for key, value in checkpoint.processor.items() if key in (*_KEPT, *_GEOMETRY)}
     else:
         given = _from_timm(checkpoint.config.get("pretrained_cfg", {}))
+    _check_entries(checkpoint, given)
     given |= {key: {"height": given[key], "width": given[key]} for key in _GEOMETRY if type(given.get(key)) is int}
     if given.get("crop_size" if given.get("do_center_crop") else "size") != plain["size"]:
         given = {key: value for key, value in given.items() if key not in _GEOMETRY}
     options = {**plain, **given}
     for name in ("image_mean", "image_std"):
-        options[name] = _for_channels(list(options[name]), config.num_channels)
+        values = options[name] if isinstance(options[name], list) else [options[name]]  # one number: for all channels
+        options[name] = _for_channels(values, config.num_channels)
     return {**options, "do_convert_rgb": config.num_channels == 3 or None}
+
+
+def _check_entries(checkpoint: Checkpoint, given: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` unless the entries of somebody's image processor have the types that processors expect."""
+    for key, value in given.items():
+        values = value if isinstance(value, list) else [value]
+        if key in ("image_mean", "image_std"):
+            holds = bool(values) and all(map(_is_number, values)) and (key == "image_mean" or 0 not in values)
+        elif key in ("size", "crop_size"):
+            sides = value.values() if isinstance(value, dict) else [value]
+            holds = all(type(side) is int and side > 0 for side in sides)
+        elif key.startswith("do_"):
+            holds = value is None or isinstance(value, bool)
+        else:
+            holds = _is_number(value) and (key != "resample" or value in range(6))
+        if not holds:
+            raise ValueError(f"{checkpoint.path}: its image processor says {key} {value!r}, which no processor takes")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _from_timm(described: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if "mean" in described and "std" in described:
-        options |= {"image_mean": list(described["mean"]), "image_std": list(described["std"])}
-    if described.get("interpolation") in _RESAMPLING:
+        options |= {"image_mean": described["mean"], "image_std": described["std"]}
+    if str(described.get("interpolation")) in _RESAMPLING:
         options["resample"] = _RESAMPLING[described["interpolation"]]
-    size, share = described.get("input_size"), described.get("crop_pct")
-    if size and share and share < 1 and described.get("crop_mode", "center") == "center" and size[1] == size[2]:
+    size: Any = described.get("input_size")
+    share: Any = described.get("crop_pct")
+    is_square = isinstance(size, list) and len(size) == 3 and type(size[1]) is int and size[1] == size[2]
+    is_crop = described.get("crop_mode", "center") == "center" and _is_number(share) and 0.01 < share < 1
+    if is_square and is_crop:
         crop = {"height": size[1], "width": size[2]}
         edge = {"shortest_edge": math.floor(size[1] / share)}
         options |= {"size": edge, "do_center_crop": True, "crop_size": crop}

@@ -58,6 +58,7 @@ _DECODER_MODULES = {
     "mlp.fc1": "up",
     "mlp.fc2": "down",
 }
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NO_SWIN = "the file has no names of a Swin (layers.0.blocks.0.…); give a Swin's weights"
 _BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.blocks\.(\d+)\.")
 # Computed from the geometry, not trained. `decoder_pos_embed` is: the comparison of outputs reads it.
@@ -97,6 +98,8 @@ def count_blocks(names: Iterable[str]) -> tuple[int, ...]:
     if not found:
         raise ValueError(_NO_SWIN)
     stages = max(stage for stage, _ in found) + 1
+    if max(stages, *(block + 1 for _, block in found)) > len(found):
+        raise ValueError("the blocks of the file (layers.0.blocks.0.…) are not numbered one after another")
     return tuple(max((block for of, block in found if of == stage), default=-1) + 1 for stage in range(stages))
 
 
@@ -182,8 +185,36 @@ def to_our_names(tensors: Mapping[str, Tensor], names: Mapping[str, tuple[str, .
     ours: dict[str, Tensor] = {}
     for published, tensor in tensors.items():
         if published in names:
+            _check_tensor(published, tensor, names[published])
             ours.update(zip(names[published], tensor.chunk(len(names[published])), strict=True))
     return ours
+
+
+def _check_tensor(name: str, tensor: Tensor, ours: tuple[str, ...]) -> None:
+    """Raise a `ValueError` unless a tensor is a dense one of floats with the dimensions its name implies."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in _FLOATS:
+        kind = f"{'meta' if tensor.is_meta else tensor.layout} {tensor.dtype}".replace("torch.", "")
+        raise ValueError(f"{name} is {kind}; weights must be dense, of float16, bfloat16, float32 or float64")
+    dimensions = _dimensions(ours[0])
+    if dimensions not in (None, tensor.ndim):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; in a Swin it has {dimensions} dimensions")
+    if tensor.ndim and tensor.shape[0] % len(ours):
+        raise ValueError(f"{name} has {tensor.shape[0]} rows, which are not queries, keys and values")
+    if ".downsample." in ours[0] and tensor.shape[-1] % 4:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; patch merging takes four siblings")
+
+
+def _dimensions(name: str) -> int | None:
+    """Of a parameter under our name; `None` where only its model knows."""
+    if name.endswith("patch_embeddings.projection.weight"):
+        return 4
+    if name.endswith("position_embeddings"):
+        return 3
+    if name.endswith("relative_position_bias_table"):
+        return 2
+    if name.endswith(".bias"):
+        return 1
+    return (1 if "norm" in name else 2) if name.endswith(".weight") else None
 
 
 def to_published_names(tensors: Mapping[str, Tensor], names: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:

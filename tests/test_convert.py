@@ -3,10 +3,13 @@
 import argparse
 import json
 import os
+import pickle
 import re
 import shlex
 import sys
+import tarfile
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -432,6 +435,7 @@ def without(name):
     return lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name}
 
 
+QKV = "layers.0.blocks.0.attn.qkv.weight"
 BROKEN = {
     "missing": (without("norm.weight"), "lacks 1 tensors of timm's Swin: norm.weight"),
     "bias missing": (without("layers.0.blocks.0.attn.qkv.bias"), "lacks 1 tensors of timm's Swin: layers.0.blocks.0"),
@@ -448,6 +452,23 @@ BROKEN = {
     "no Swin": (lambda t: {"conv.weight": torch.ones(1)}, "has no names of a Swin"),
     "nothing": (lambda t: {}, "holds no weights"),
     "no tensor": (lambda t: {**t, "epoch": 3}, "'epoch' is no tensor"),
+    "whole numbers": (lambda t: {k: v.int() for k, v in t.items()}, "is strided int32; weights must be dense"),
+    "complex": (lambda t: {k: v.to(torch.complex64) for k, v in t.items()}, "is strided complex64; weights must be"),
+    "sparse": (lambda t: {**t, QKV: t[QKV].to_sparse()}, "is sparse_coo float32; weights must be dense"),
+    "without memory": (lambda t: {**t, QKV: t[QKV].to("meta")}, f"{QKV} is meta float32; weights must be dense"),
+    "scalar": (lambda t: {**t, QKV: torch.tensor(1.0)}, f"{QKV} has shape (); in a Swin it has 2 dimensions"),
+    "not queries, keys and values": (lambda t: {**t, QKV: t[QKV][:-1]}, "which are not queries, keys and values"),
+    "flat table": (lambda t: {k: v[:, 0] if "bias_table" in k else v for k, v in t.items()}, "it has 2 dimensions"),
+    "flat patches": (
+        lambda t: {**t, "patch_embed.proj.weight": t["patch_embed.proj.weight"].flatten(1)},
+        "patch_embed.proj.weight has shape (8, 12); in a Swin it has 4 dimensions",
+    ),
+    "block of any number": (
+        lambda t: {**t, "layers.0.blocks.99999999999.norm1.weight": torch.ones(8)},
+        "are not numbered one after another",
+    ),
+    "zeros": (lambda t: {k: torch.zeros_like(v) for k, v in t.items()}, "the outputs are the same for two pictures"),
+    "infinite": (lambda t: {**t, "norm.bias": torch.full((32,), torch.inf)}, "the conversion is refused"),
 }
 
 
@@ -457,6 +478,106 @@ def test_a_file_that_is_not_understood_to_the_last_tensor_is_refused(case, tmp_p
     torch.save(change(timm_swin().state_dict()), tmp_path / "swin.pth")
     assert message in refused(capsys, tmp_path / "swin.pth", tmp_path / "out", "--image-size", 32)
     assert [path.name for path in tmp_path.iterdir()] == ["swin.pth"]
+
+
+def plain_pickle(path):
+    path.write_bytes(pickle.dumps(timm_swin().state_dict(), protocol=4))
+
+
+def old_pickle(path):
+    path.write_bytes(pickle.dumps({"norm.weight": [1.0]}, protocol=0))
+
+
+def old_archive(path):
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(tarfile.TarInfo("storages"))
+
+
+def script(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own: scripting is deprecated
+        torch.jit.save(torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1, 1)), path)
+
+
+@pytest.mark.parametrize("write", [plain_pickle, old_pickle, old_archive, script])
+def test_a_file_that_is_no_state_dict_is_refused_without_torchs_advice(write, tmp_path, capsys):
+    write(tmp_path / "swin.pth")
+    error = refused(capsys, tmp_path / "swin.pth", tmp_path / "out")
+    assert "ask for a .safetensors file, or a state dict saved by torch.save" in error
+    assert "weights_only" not in error
+
+
+@pytest.mark.parametrize(
+    "shards", [None, [], {}, ["a"], {"a": 1}, {"a": {}}, {"a": "../b"}, {"a": "/etc/b"}, {"a": ""}]
+)
+def test_an_index_lists_files_beside_it_only(shards, stock_folder, tmp_path, capsys):
+    folder = tmp_path / "stock"
+    (folder / "model.safetensors").rename(tmp_path / "b")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    error = refused(capsys, folder, tmp_path / "out")
+    assert f"{folder / 'model.safetensors.index.json'}: weight_map" in error
+
+
+def test_settings_that_contain_themselves_are_read(tmp_path):
+    settings = {"img_size": 32}
+    settings["again"] = settings
+    torch.save({"model": timm_swin().state_dict(), "config": settings}, tmp_path / "swin.pth")
+    assert run(tmp_path / "swin.pth", tmp_path / "out") == 0
+
+
+ENTRIES = {
+    "labels": ({"id2label": ["a"] * 5}, {}, "id2label must be a JSON object"),
+    "labels that leave a number out": ({"id2label": {"0": "a", "2": "b"}}, {}, "id2label must be a JSON object"),
+    "problem": ({"problem_type": 3}, {}, "problem_type 3 must be one of regression"),
+    "rate": ({"drop_path_rate": "a"}, {}, "config.json: drop_path_rate 'a' must be a number"),
+    "numbers": ({"label2id": [0]}, {}, "label2id must be a JSON object"),
+    "count": ({"id2label": None, "num_labels": 10**10}, {}, "num_labels 10000000000 must be"),
+    "depths": ({"depths": [2, 2, 10**9]}, {}, "depths [2, 2, 1000000000], but the weights have blocks for [2, 2, 2]"),
+    "epsilon": ({"layer_norm_eps": float("inf")}, {}, "layer_norm_eps is inf, which is no finite number"),
+    "width": ({"embed_dim": 2**24}, {}, "do not fit their configuration"),
+    "image": ({"image_size": 10**9}, {}, "give an --image-size of at most 4096 pixels"),
+    "timm": ({"pretrained_cfg": [1]}, {}, "pretrained_cfg must be a JSON object"),
+    "mean": ({}, {"image_mean": ["a"]}, "its image processor says image_mean ['a']"),
+    "deviation": ({}, {"image_std": [1, 0, 1]}, "its image processor says image_std [1, 0, 1]"),
+    "size": ({}, {"size": "big"}, "its image processor says size 'big'"),
+    "activation": ({"hidden_act": {}}, {}, "cannot be converted"),
+}
+
+
+@pytest.mark.parametrize("case", ENTRIES)
+def test_entries_of_a_folder_that_nobody_can_mean_are_one_line(case, stock_folder, tmp_path, capsys):
+    config, processor, message = ENTRIES[case]
+    file = tmp_path / "stock" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    file.with_name("preprocessor_config.json").write_text(json.dumps(processor))
+    error = refused(capsys, tmp_path / "stock", tmp_path / "out")
+    assert message in error
+    assert str(tmp_path / "stock") in error or case in ("width", "image")
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_known_entries_of_a_folder_are_taken_over(stock_folder, tmp_path):
+    file = tmp_path / "stock" / "config.json"
+    strange = {"quantization_config": {"quant_method": "bitsandbytes"}, "custom_pipelines": {"x": {}}, "note": "hello"}
+    strange |= {"auto_map": {"AutoModel": "theirs.Model"}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **strange}))
+    file.with_name("preprocessor_config.json").write_text(json.dumps({"image_mean": 0.5, "auto_map": {}}))
+    assert run(tmp_path / "stock", tmp_path / "out") == 0
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not strange.keys() & written.keys() - {"auto_map"}
+    assert "theirs.Model" not in str(written)
+    assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())["image_mean"] == [0.5, 0.5, 0.5]
+
+
+def test_what_nobody_foresaw_is_one_line_that_names_the_file(tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise StopIteration("weights_only")
+
+    monkeypatch.setattr("green_swin_hf.weight_conversion.recognise_format", fails)
+    torch.save(timm_swin().state_dict(), tmp_path / "swin.pth")
+    error = refused(capsys, tmp_path / "swin.pth", tmp_path / "out")
+    assert f"{tmp_path / 'swin.pth'} cannot be converted" in error
+    assert "weights_only" not in error
 
 
 def test_a_conversion_whose_outputs_differ_is_refused(tmp_path, monkeypatch, capsys):
@@ -510,9 +631,17 @@ WRONG_INPUT = {
         "{golden} {tmp}/out --decoder-heads 4 --num-channels 1",
         "the decoder predicts 3 channels; leave it out with --drop-head",
     ),
+    "image that patches do not fill": (
+        "{timm} {tmp}/out --image-size 33",
+        "image_size 33 33 must be a multiple of the patch of 2 pixels; give such a --image-size, for example 32",
+    ),
+    "huge image": ("{stock} {tmp}/out --image-size 99999999", "give an --image-size of at most 4096 pixels"),
+    "huge image of a file": ("{timm} {tmp}/out --image-size 99999998", "give an --image-size of at most 4096 pixels"),
+    "infinite epsilon": ("{timm} {tmp}/out --image-size 32 --layer-norm-eps inf", "inf must be a finite number"),
+    "huge epsilon": ("{timm} {tmp}/out --image-size 32 --layer-norm-eps 1e30", "same for two pictures"),
     "image of a decoder": (
         "{golden} {tmp}/out --decoder-heads 4 --image-size 100",
-        "image_size 100 must be a multiple of mask_unit_size 32",
+        "image_size 100 must be a multiple of mask_unit_size 32 (patch_size 4 times 2^3); give such a --image-size",
     ),
     "epsilon of a folder": ("{stock} {tmp}/out --layer-norm-eps 1e-6", "is for files of weights alone"),
     "other architecture": ("{swinv2} {tmp}/out", "model_type 'swinv2'"),

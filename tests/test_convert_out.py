@@ -2,17 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from test_convert import GOLDEN, PHOTO, assert_equal_outputs, microsoft_tensors, refused, run, stock_config, timm_swin
 from test_remote_code import run_without
 from tiny import images, randomised, tiny_config
-from transformers import SwinBackbone, SwinForImageClassification, SwinModel
+from transformers import AutoImageProcessor, SwinBackbone, SwinForImageClassification, SwinModel, ViTImageProcessor
 
 from green_swin_hf import (
     GreenSwinBackbone,
@@ -71,7 +73,8 @@ def test_a_folder_of_ours_loads_into_stock_classes_as_it_is(kind, stock_class, t
 
 LOADING = """
 import sys, torch, transformers
-pixels = torch.load("pixels.pt")
+from PIL import Image
+pixels, photo = torch.load("pixels.pt"), Image.open("photo.png").convert("RGB")
 for word in sys.argv[1:]:
     folder, name = word.split("=")
     loaded, report = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
@@ -80,7 +83,10 @@ for word in sys.argv[1:]:
     maps = found.get("feature_maps")
     output = torch.cat([m.flatten(1) for m in maps], dim=1) if maps is not None else found.get("logits")
     torch.save((found.last_hidden_state if output is None else output).detach(), folder + "/output.pt")
-    assert transformers.AutoImageProcessor.from_pretrained(folder).size == {"height": 32, "width": 32}
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    prepared = processor(photo, return_tensors="pt")["pixel_values"]
+    assert prepared.shape == (1, 3, 32, 32)
+    torch.save(prepared, folder + "/prepared.pt")
     print(transformers.__version__, type(transformers.AutoConfig.from_pretrained(folder)).__name__)
 """
 
@@ -89,17 +95,29 @@ for word in sys.argv[1:]:
 def exported(tmp_path):
     """Our models of each kind, and the words that tell `LOADING` where their exports lie."""
     torch.save(images(2), tmp_path / "pixels.pt")
+    shutil.copy(PHOTO, tmp_path / "photo.png")
     models = {kind: saved(kind, tmp_path / f"our_{kind}") for kind in OURS}
+    cropped = {"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": {"height": 32, "width": 32}}
     for kind in OURS:
+        options = cropped if kind in ("classifier", "backbone") else {"size": {"height": 32, "width": 32}}
+        ViTImageProcessor(**options, image_mean=[0.5] * 3, image_std=[0.25] * 3, resample=3).save_pretrained(
+            tmp_path / f"our_{kind}"
+        )
         assert run(tmp_path / f"our_{kind}", tmp_path / kind, "--to", "swin") == 0
     return models, [f"{kind}={STOCK[kind].__name__}" for kind in OURS]
 
 
-def assert_loaded(models, folder: Path) -> None:
+def assert_loaded(models, folder: Path, tolerance: float = 1e-6) -> None:
     for kind, ours in models.items():
         assert_equal_outputs(torch.load(folder / kind / "output.pt"), main_output(ours, images(2)))
         entries = json.loads((folder / kind / "config.json").read_text())
         assert (entries["model_type"], entries["architectures"]) == ("swin", [STOCK[kind].__name__])
+        with Image.open(PHOTO) as photo:
+            own = AutoImageProcessor.from_pretrained(folder / f"our_{kind}")
+            wanted = own(photo.convert("RGB"), return_tensors="pt")["pixel_values"]
+        prepared = torch.load(folder / kind / "prepared.pt")
+        # 4.x resizes with Pillow, whose rounding differs by a grey level or two
+        torch.testing.assert_close(prepared, wanted, atol=tolerance, rtol=0)
 
 
 def test_exported_folders_load_where_the_package_is_not_installed(exported, tmp_path):
@@ -123,7 +141,7 @@ def test_exported_folders_load_in_transformers_4(exported, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("4.")
-    assert_loaded(models, tmp_path)
+    assert_loaded(models, tmp_path, tolerance=2.1 / 255 / 0.25)
 
 
 def test_what_has_no_counterpart_is_named(tmp_path, capsys):
