@@ -11,9 +11,10 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForMaskedImageModeling,
+    AutoVideoProcessor,
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.utils import is_vision_available
+from transformers.utils import is_torchvision_available, is_vision_available
 
 from .configuration_green_swin import AUTO_MAP, VARIANTS, GreenSwinConfig
 from .modeling_green_swin import (
@@ -51,6 +52,20 @@ def _register_auto_classes() -> None:
         AutoImageProcessor.register(GreenSwinConfig, image_processor_classes=image_processors())
         for processor_class in image_processors().values():
             processor_class.register_for_auto_class()
+        if is_torchvision_available():  # without it transformers has no video processors
+            AutoVideoProcessor.register(GreenSwinConfig, _NoVideoProcessor)
+
+
+class _NoVideoProcessor:
+    """Images only, which pipelines are to know without asking whether a folder's code may be run.
+
+    transformers looks for a video processor wherever a folder has an image processor of its own, and finding none
+    registered asks about the code. It goes on without one where loading fails.
+    """
+
+    @classmethod
+    def from_pretrained(cls, name: str, *args: object, **options: object) -> None:
+        raise ValueError(f"{name} is a model of images; there is no video processor")
 
 
 def _register_code() -> None:

@@ -97,13 +97,16 @@ def test_every_snippet_of_a_card_runs_as_written(hub, results, tmp_path, monkeyp
         assert {answer["label"] for answer in names["answers"]} == {"circle", "square", "triangle"}
 
 
-def test_pipelines_work_on_pushed_folders(hub, results, tmp_path):
+def test_pipelines_work_on_pushed_folders_and_ask_nothing(hub, results, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "n")
     picture = str(save_picture(tmp_path / "picture.jpg"))
     assert push(results["pretrained"], "pretrained") == push(results["grey"], "grey") == 0
     features = pipeline("image-feature-extraction", model="someone/pretrained")(picture)
     assert (len(features[0]), len(features[0][0])) == (16, 32)
     answers = pipeline("image-classification", model="someone/grey")(picture)
     assert sum(answer["score"] for answer in answers) == pytest.approx(1)
+    assert asked == []
 
 
 def test_remote_code_runs_straight_from_the_hub_where_the_package_is_not_installed(hub, results, tmp_path, monkeypatch):
