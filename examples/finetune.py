@@ -48,19 +48,16 @@ from green_swin_hf.labelled_images import LabelledDataset, LabelledImages, label
 from green_swin_hf.optimization import build_optimizer, cosine_schedule, scaled_learning_rate
 from green_swin_hf.pretrained_start import load_for_finetuning
 from green_swin_hf.publish import publish_results
-from green_swin_hf.recipe_files import load_recipe, save_recipe
+from green_swin_hf.recipe_files import save_recipe
 from green_swin_hf.run_record import RECORD_FILE, RunRecord, describe_data, describe_start, measured, metric
 from green_swin_hf.run_setup import (
-    RECIPE_FILE,
     find_run,
     how_to_go_on,
     process_state,
-    read_recipe,
-    refuse_changes,
     run_parser,
     set_up_process,
 )
-from green_swin_hf.trainer_runs import TRAINER_FORMAT, TrainerProgress, count_processes, train
+from green_swin_hf.trainer_runs import TRAINER_FORMAT, TrainerProgress, read_trainer_recipe, train
 from green_swin_hf.training import (
     check_tracker,
     count_updates,
@@ -193,10 +190,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
 
 def open_recipe(arguments: Namespace, output: Path, checkpoint: Path | None) -> FinetuningRecipe:
     """The recipe of the run, which goes on with the settings that it had."""
-    before = load_recipe(checkpoint.resolve().parents[1] / RECIPE_FILE, FinetuningRecipe) if checkpoint else None
-    recipe = read_recipe(arguments, FinetuningRecipe, output, DEFAULT_RECIPE, before)
-    facts = {"num_processes": (count_processes(checkpoint), process_state().num_processes)} if checkpoint else {}
-    refuse_changes(before, recipe, facts)
+    recipe = read_trainer_recipe(arguments, FinetuningRecipe, output, DEFAULT_RECIPE, checkpoint)
     if not recipe.data:
         raise ValueError("no data given; name a folder with a sub-folder for each class, or a data set, with --data")
     if not checkpoint and recipe.model == DEFAULT_MODEL:  # it would be an absolute path if it were there

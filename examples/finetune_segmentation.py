@@ -39,15 +39,12 @@ from green_swin_hf.hub_upload import add_hub_flags, open_hub
 from green_swin_hf.optimization import build_optimizer
 from green_swin_hf.pretrained_start import load_backbone
 from green_swin_hf.publish import publish_results
-from green_swin_hf.recipe_files import load_recipe, save_recipe
+from green_swin_hf.recipe_files import save_recipe
 from green_swin_hf.run_record import RECORD_FILE, RunRecord, describe_data, describe_start, measured, metric
 from green_swin_hf.run_setup import (
-    RECIPE_FILE,
     find_run,
     how_to_go_on,
     process_state,
-    read_recipe,
-    refuse_changes,
     run_parser,
     set_up_process,
 )
@@ -70,7 +67,7 @@ from green_swin_hf.segmentation_data import (
     write_drawn_segmentation,
 )
 from green_swin_hf.segmentation_recipe import SegmentationRecipe
-from green_swin_hf.trainer_runs import TRAINER_FORMAT, TrainerProgress, count_processes, train
+from green_swin_hf.trainer_runs import TRAINER_FORMAT, TrainerProgress, read_trainer_recipe, train
 from green_swin_hf.training import (
     check_tracker,
     last_line,
@@ -174,10 +171,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
 
 def open_recipe(arguments: Namespace, output: Path, checkpoint: Path | None) -> SegmentationRecipe:
     """The recipe of the run, which goes on with the settings that it had."""
-    before = load_recipe(checkpoint.resolve().parents[1] / RECIPE_FILE, SegmentationRecipe) if checkpoint else None
-    recipe = read_recipe(arguments, SegmentationRecipe, output, DEFAULT_RECIPE, before)
-    facts = {"num_processes": (count_processes(checkpoint), process_state().num_processes)} if checkpoint else {}
-    refuse_changes(before, recipe, facts)
+    recipe = read_trainer_recipe(arguments, SegmentationRecipe, output, DEFAULT_RECIPE, checkpoint)
     if recipe.data is None and recipe.batch_size * recipe.gradient_accumulation_steps > recipe.drawn_images:
         raise ValueError(f"batch_size {recipe.batch_size} must not exceed drawn_images {recipe.drawn_images}")
     return recipe

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from accelerate import PartialState
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
 
 from .checkpointing import CheckpointFormat, load_weights
-from .run_setup import progress_bar
+from .recipe_files import RecipeT, load_recipe
+from .run_setup import RECIPE_FILE, process_state, progress_bar, read_recipe, refuse_changes
 from .stop_signals import StopSignals
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -47,6 +49,21 @@ TRAINER_FORMAT = CheckpointFormat(list_trainer_checkpoints, find_trainer_damage)
 def count_processes(checkpoint: Path) -> int:
     """Processes of the run that wrote a checkpoint: each keeps the state of its random generators."""
     return len(list(checkpoint.glob("rng_state*.pth")))
+
+
+def read_trainer_recipe(
+    arguments: Namespace, kind: type[RecipeT], output: Path, default: Path, checkpoint: Path | None
+) -> RecipeT:
+    """`read_recipe` for a run that goes on from a checkpoint of `Trainer` or is new.
+
+    Raises:
+        ValueError: as `read_recipe`; the run would go on with other settings, or with another number of processes.
+    """
+    before = load_recipe(checkpoint.resolve().parents[1] / RECIPE_FILE, kind) if checkpoint else None
+    recipe = read_recipe(arguments, kind, output, default, before)
+    facts = {"num_processes": (count_processes(checkpoint), process_state().num_processes)} if checkpoint else {}
+    refuse_changes(before, recipe, facts)
+    return recipe
 
 
 class TrainerProgress(TrainerCallback):
@@ -124,5 +141,6 @@ __all__ = [
     "count_processes",
     "find_trainer_damage",
     "list_trainer_checkpoints",
+    "read_trainer_recipe",
     "train",
 ]
