@@ -56,11 +56,11 @@ from green_swin_hf.recipe_files import save_recipe
 from green_swin_hf.run_record import RECORD_FILE, RunRecord, describe_data, describe_start, measured, metric
 from green_swin_hf.run_setup import (
     build_accelerator,
+    check_changes,
     find_run,
     how_to_go_on,
     progress_bar,
     read_recipe,
-    refuse_changes,
     run_parser,
     set_up_process,
 )
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
             "num_images": num_images,
             "num_processes": accelerator.num_processes,
         }
-        refuse_changes(before, recipe, {name: (resumed[name], now) for name, now in facts.items()} if resumed else {})
+        check_changes(before, recipe, {name: (resumed[name], now) for name, now in facts.items()} if resumed else {})
 
         # Model, optimizer, schedule
         set_seed(recipe.seed)
@@ -556,7 +556,6 @@ def print_results(run: Run, written: list[str], seconds: float) -> None:
     if run.log is None:
         return
     measured = [entry for entry in run.log.entries() if "box_map" in entry]
-    run.log.close()
     first, last = measured[0], measured[-1]
     before = f" (before training {first['box_map']:.3f})" if first["step"] == 0 else ""
     masks_before = f" (before training {first['mask_map']:.3f})" if first["step"] == 0 else ""

@@ -56,20 +56,24 @@ from green_swin_hf.energy import add_energy_flag, check_energy
 from green_swin_hf.feature_probes import Accuracy
 from green_swin_hf.hub_upload import add_hub_flags, open_hub
 from green_swin_hf.image_processing_green_swin import GreenSwinImageProcessor
+from green_swin_hf.lost_process import end_without_peers, is_lost_peer
 from green_swin_hf.online_probe import OnlineProbe, open_probe
-from green_swin_hf.optimization import build_optimizer, cosine_schedule, scaled_learning_rate
+from green_swin_hf.optimization import build_optimizer, cosine_schedule, restore_optimizer, scaled_learning_rate
 from green_swin_hf.pretrained_start import load_for_continued_training
 from green_swin_hf.pretraining_recipe import PretrainingRecipe
 from green_swin_hf.publish import publish_results
 from green_swin_hf.recipe_files import save_recipe
 from green_swin_hf.run_record import RECORD_FILE, RunRecord, describe_data, describe_start, measured, metric
 from green_swin_hf.run_setup import (
+    RECIPE_FILE,
     build_accelerator,
+    check_changes,
     find_run,
     how_to_go_on,
+    positive_count,
+    process_state,
     progress_bar,
     read_recipe,
-    refuse_changes,
     run_parser,
     set_up_process,
 )
@@ -86,6 +90,7 @@ from green_swin_hf.training import (
     held_out_loss,
     hold_out,
     is_finite,
+    last_line,
     mean_prediction_loss,
     model_inputs,
     one_line_errors,
@@ -132,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     # All that can be wrong with the input shows in this block, before anything is written.
     with one_line_errors("pretrain.py"):
         arguments = parse_arguments(argv)
+        process_state(arguments.peer_timeout)
         output, checkpoint = find_run(arguments.output_dir, arguments.resume, DEFAULT_OUTPUT)
         resumed = read_trainer_state(checkpoint) if checkpoint else None
         before = PretrainingRecipe().replace(**resumed["recipe"]) if resumed else None
@@ -158,7 +164,8 @@ def main(argv: list[str] | None = None) -> int:
         images_per_update = recipe.batch_size * accelerator.num_processes * recipe.gradient_accumulation_steps
         updates_per_epoch, total_updates = count_run(recipe, source, accelerator.num_processes)
         now = {"num_processes": accelerator.num_processes, "num_images": source.num_images}
-        refuse_changes(before, recipe, {name: (resumed[name], value) for name, value in now.items()} if resumed else {})
+        facts = {name: (resumed[name], value) for name, value in now.items()} if resumed else {}
+        changes = check_changes(before, recipe, facts, allowed=arguments.override)
 
         # Model, optimizer, schedule
         set_seed(recipe.seed)
@@ -182,10 +189,10 @@ def main(argv: list[str] | None = None) -> int:
         held_out is not None, online_probe,
     )  # fmt: skip
     set_seed(recipe.seed + 1 + accelerator.process_index)  # stochastic depth differs between processes
-    if checkpoint:
-        restore(run, checkpoint)
-        run.saved_update = state.update
     with one_line_errors("pretrain.py"):
+        if checkpoint:
+            restore(run, checkpoint)
+            run.saved_update = state.update
         open_output(run, arguments.report_to)
         record = RunRecord(
             output, "pretraining", "pretrain.py", is_resumed=checkpoint is not None, device=accelerator.device,
@@ -193,6 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
         if not checkpoint:
             record.note(start_from=describe_start(arguments.init_from))
+        note_changes(run, record, changes)
     loader = build_loader(run, source, transform, collator)
     print_heading(run, config, source, peak, warmup, checkpoint)
     progress = progress_bar(total_updates, state.update, shown=accelerator.is_main_process)
@@ -214,6 +222,14 @@ def main(argv: list[str] | None = None) -> int:
         progress.close()
         record.stop()
         return fail(accelerator, f"stopped: {error}; whole checkpoints are in {output / 'checkpoints'}")
+    except RuntimeError as error:
+        if not is_lost_peer(error, accelerator):
+            raise
+        progress.close()
+        end_without_peers(
+            f"pretrain.py: process {accelerator.process_index} stopped: another process of the run is gone or does not "
+            f"answer ({last_line(error)}). Go on with: {how_to_go_on(output, accelerator.num_processes)}"
+        )
     print_results(run, config, written, time.monotonic() - started)
     uploaded = (
         not hub_id
@@ -230,11 +246,18 @@ def main(argv: list[str] | None = None) -> int:
 def parse_arguments(argv: list[str] | None) -> Namespace:
     parser = run_parser(__doc__, PretrainingRecipe, DEFAULT_RECIPE, DEFAULT_OUTPUT, stop_unit="updates")
     parser.add_argument("--init-from", metavar="FOLDER", help="start a new run from these weights (also stock Swin)")
+    parser.add_argument("--override", action="store_true", help="let --resume go on with other settings, and note them")
+    parser.add_argument(
+        "--peer-timeout", type=positive_count, default=600, metavar="SECONDS",
+        help="how long processes wait for one that does not answer (default: 600)",
+    )  # fmt: skip
     add_hub_flags(parser)
     add_energy_flag(parser)
     arguments = parser.parse_args(argv)
     if arguments.resume and arguments.init_from:
         raise ValueError("--resume goes on with a run, --init-from starts another one: give one of them")
+    if arguments.override and not arguments.resume:
+        raise ValueError("--override is for a run that goes on; give --resume as well, or leave it out")
     check_tracker(arguments.report_to)
     check_energy(arguments.track_energy)
     return arguments
@@ -472,6 +495,7 @@ def probe(run: Run) -> None:
 def save(run: Run) -> None:
     """Write a checkpoint from which the run goes on exactly."""
     accelerator, state = run.accelerator, run.state
+    check_output(run)
     random_states = gather_object([random_state()])
     weights = accelerator.get_state_dict(run.model)
     skipped_images = total_skipped_images(run)
@@ -479,7 +503,6 @@ def save(run: Run) -> None:
         scaler = accelerator.scaler
         training_state = {
             "optimizer": run.optimizer.state_dict(),
-            "scheduler": run.scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
             "random_states": random_states,
         }
@@ -505,20 +528,30 @@ def save(run: Run) -> None:
     accelerator.wait_for_everyone()
 
 
+def check_output(run: Run) -> None:
+    """Raise an `OSError` where the output folder is gone.
+
+    A mount that vanished leaves an empty folder: what is written there goes to another disk.
+    """
+    if run.log and not (run.output / RECIPE_FILE).is_file():
+        raise OSError(f"the output folder {run.output} is gone, or its {RECIPE_FILE} is")
+
+
 def save_model(run: Run, weights: dict[str, torch.Tensor], folder: Path) -> None:
     run.accelerator.unwrap_model(run.model).save_pretrained(folder, state_dict=weights)
     run.processor.save_pretrained(folder)
 
 
 def restore(run: Run, checkpoint: Path) -> None:
+    """Take up the state of a checkpoint; rates, decay and schedule stay those of the recipe."""
     accelerator = run.accelerator
     saved = read_training_state(checkpoint)
     load_weights(accelerator.unwrap_model(run.model), checkpoint)
-    run.optimizer.load_state_dict(saved["optimizer"])
-    run.scheduler.load_state_dict(saved["scheduler"])
+    restore_optimizer(run.optimizer, run.scheduler, saved["optimizer"], run.state.update)
     if accelerator.scaler and saved["scaler"]:
         accelerator.scaler.load_state_dict(saved["scaler"])
-    restore_random_state(saved["random_states"][accelerator.process_index])
+    if len(saved["random_states"]) == accelerator.num_processes:  # others only with --override
+        restore_random_state(saved["random_states"][accelerator.process_index])
     if not accelerator.is_main_process:
         run.state.skipped_images = 0  # the saved number is that of all processes
 
@@ -529,11 +562,24 @@ def open_output(run: Run, report_to: str) -> None:
         run.output.mkdir(parents=True, exist_ok=True)
         for path in prepare_checkpoints(run.output / "checkpoints", run.state.update):
             print(f"Kept as {path}: it is of a later update than this run goes on from")
-        save_recipe(run.recipe, run.output / "recipe.yaml")
+        save_recipe(run.recipe, run.output / RECIPE_FILE)
         run.log = TrainingLog(run.output / "log.jsonl", run.state.log_position)
     if report_to != "none":
         settings = {name: str(value) for name, value in run.recipe.to_dict().items()}
         run.accelerator.init_trackers("green-swin-pretraining", settings)
+
+
+def note_changes(run: Run, record: RunRecord, changes: dict[str, tuple[Any, Any]]) -> None:
+    """Say and keep, in the log and the record, which settings are others from this update on."""
+    if not changes:
+        return
+    shown = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changes.items())
+    run.accelerator.print(f"Going on with other settings: {shown}")
+    settings = {name: list(pair) for name, pair in changes.items()}
+    if run.log:
+        run.log.write({"step": run.state.update, "epoch": run.epoch, "changed_settings": settings})
+    earlier = record.content.get("changed_settings", [])
+    record.note(changed_settings=[*earlier, {"after_update": run.state.update, "settings": settings}])
 
 
 # Results
@@ -541,17 +587,17 @@ def open_output(run: Run, report_to: str) -> None:
 
 def save_results(run: Run, config: GreenSwinConfig) -> list[str]:
     """Write model, processor, pictures; returns the names of all files that belong to the result."""
+    check_output(run)
     run.final_loss = measure(run)
     weights = run.accelerator.get_state_dict(run.model)
     names: list[str] = []
     if run.log:
         names = replace_files(run.output, functools.partial(save_model, run, weights))
         draw_loss_curve(run)
-        names += ["loss_curve.png", "log.jsonl", "recipe.yaml", RECORD_FILE]
+        names += ["loss_curve.png", "log.jsonl", RECIPE_FILE, RECORD_FILE]
         if run.fixed_batches:
             draw_reconstructions(run, config)
             names.append("reconstructions.png")
-        run.log.close()
     run.accelerator.wait_for_everyone()
     return sorted(names)
 

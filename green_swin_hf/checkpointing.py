@@ -139,7 +139,8 @@ def save_checkpoint(
 
     def write(target: Path) -> None:
         save_model(target)
-        torch.save(dict(training_state), target / _TENSORS)
+        with (target / _TENSORS).open("wb") as file:  # where writing fails, Python says why and torch does not
+            torch.save(dict(training_state), file)
         (target / _PROGRESS).write_text(json.dumps(trainer_state, indent=1))
 
     target = folder / f"step-{step:08d}"
@@ -241,9 +242,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Load the weights of a checkpoint into a model of the same shape, strictly.
 
     Raises:
-        RuntimeError: names or shapes differ.
+        ValueError: names or shapes differ.
     """
-    model.load_state_dict(load_file(path / _WEIGHTS), strict=True)
+    try:
+        model.load_state_dict(load_file(path / _WEIGHTS), strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint {path} does not fit the model of these settings: {_one_line(error)}") from None
 
 
 def random_state() -> dict[str, Any]:
@@ -306,8 +310,12 @@ def _remove_folder(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def _one_line(error: BaseException) -> str:
+    """What an error says, or rather the system's error that it came from."""
+    first: BaseException | None = error
+    while first is not None and not isinstance(first, OSError):
+        first = first.__context__
+    return " ".join(str(first or error).split())[:300] or type(error).__name__
 
 
 def _unused_name(path: Path, reason: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -140,6 +140,20 @@ def cosine_schedule(optimizer: Optimizer, warmup_steps: int, total_steps: int, m
     return LambdaLR(optimizer, lambda step: cosine_factor(step, warmup_steps, total_steps, min_lr_ratio))
 
 
+def restore_optimizer(optimizer: Optimizer, scheduler: LambdaLR, saved: Mapping[str, Any], step: int) -> None:
+    """Put saved moments back and the schedule to update `step`; rates and decay are those that both were built with.
+
+    Args:
+        optimizer, scheduler: new, of the same parameters.
+        saved: `state_dict` of the optimizer that is gone on with.
+        step: updates done.
+    """
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    scheduler.last_epoch = step
+    for group, peak, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["lr"] = peak * factor(step)
+
+
 def step_factor(step: int, warmup_steps: int, milestones: Sequence[int], gamma: float = 0.1) -> float:
     """Learning rate of update `step` (from 0) as a share of its peak: linear warm-up, then times `gamma` at milestones.
 
@@ -174,6 +188,7 @@ __all__ = [
     "layer_depth",
     "native_bf16",
     "parameter_groups",
+    "restore_optimizer",
     "scaled_learning_rate",
     "step_factor",
     "step_schedule",

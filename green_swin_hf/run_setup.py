@@ -7,6 +7,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,18 @@ def run_parser(
     parser.add_argument("--output-dir", type=Path, help=f"new folder for all results (default: {output}, …-2)")
     parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
     parser.add_argument(
-        "--stop-after", type=_count, metavar=stop_unit.upper(), help="save and stop after so many, to go on later"
+        "--stop-after",
+        type=positive_count,
+        metavar=stop_unit.upper(),
+        help="save and stop after so many, to go on later",
     )
     parser.add_argument("--report-to", default="none", choices=_TRACKERS, help="also log there (default: none)")
     add_recipe_flags(parser.add_argument_group("keys of the recipe"), kind)
     return parser
 
 
-def _count(text: str) -> int:
+def positive_count(text: str) -> int:
+    """Type of a flag."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} must be a whole number and at least 1")
     return int(text)
@@ -139,23 +144,35 @@ def read_recipe(
     return recipe.replace(**{name: os.path.abspath(path) for name, path in recipe.existing_paths().items()})
 
 
-def refuse_changes(
-    before: RecipeFile | None, recipe: RecipeFile, facts: Mapping[str, tuple[Any, Any]] | None = None
-) -> None:
-    """Raise a `ValueError` when a run would go on with settings that make it another run.
+def check_changes(
+    before: RecipeFile | None,
+    recipe: RecipeFile,
+    facts: Mapping[str, tuple[Any, Any]] | None = None,
+    *,
+    allowed: bool | None = None,
+) -> dict[str, tuple[Any, Any]]:
+    """Changes that make a run that is gone on with another run: settings, each as it was and as it is.
 
     Args:
         before: recipe of the run that is gone on with; None for a new run.
         recipe: the one to go on with.
         facts: of the data and the processes, each as it was and as it is.
+        allowed: whether the user wants such changes; None where a script has no flag for it.
+
+    Raises:
+        ValueError: there are changes, and they are not allowed.
     """
     if before is None:
-        return
-    changed_facts = {name: pair for name, pair in (facts or {}).items() if pair[0] != pair[1]}
-    changes = {**before.differences(recipe), **changed_facts}
-    if changes:
+        return {}
+    changes = {
+        **before.differences(recipe),
+        **{name: pair for name, pair in (facts or {}).items() if pair[0] != pair[1]},
+    }
+    if changes and not allowed:
         shown = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changes.items())
-        raise ValueError(f"--resume cannot change the run: {shown}; leave these as they were, or start a new run")
+        remedies = ["leave these as they were", "start a new run", *(["add --override"] if allowed is False else [])]
+        raise ValueError(f"--resume cannot change the run: {shown}; {', or '.join(remedies)}")
+    return changes
 
 
 def set_up_process(precision: str, threads: int | None, resumed_threads: int | None = None) -> str:
@@ -205,9 +222,13 @@ def build_accelerator(precision: str, report_to: str, output: Path) -> Accelerat
     )
 
 
-def process_state() -> PartialState:
-    """Device and rank of this process, as `Accelerator` will find them."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+def process_state(timeout: float = 600) -> PartialState:
+    """Device and rank of this process, as `Accelerator` will find them.
+
+    Args:
+        timeout: seconds that the processes of a run wait for one of them; only the first call sets it.
+    """
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(seconds=timeout))
 
 
 def available_cores() -> int:
@@ -232,12 +253,13 @@ __all__ = [
     "RECIPE_FILE",
     "available_cores",
     "build_accelerator",
+    "check_changes",
     "find_run",
     "how_to_go_on",
+    "positive_count",
     "process_state",
     "progress_bar",
     "read_recipe",
-    "refuse_changes",
     "run_parser",
     "set_up_process",
 ]

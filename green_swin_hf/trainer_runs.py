@@ -14,7 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from .checkpointing import CheckpointFormat, load_weights
 from .recipe_files import RecipeT, load_recipe
-from .run_setup import RECIPE_FILE, process_state, progress_bar, read_recipe, refuse_changes
+from .run_setup import RECIPE_FILE, check_changes, process_state, progress_bar, read_recipe
 from .stop_signals import StopSignals
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -62,7 +62,7 @@ def read_trainer_recipe(
     before = load_recipe(checkpoint.resolve().parents[1] / RECIPE_FILE, kind) if checkpoint else None
     recipe = read_recipe(arguments, kind, output, default, before)
     facts = {"num_processes": (count_processes(checkpoint), process_state().num_processes)} if checkpoint else {}
-    refuse_changes(before, recipe, facts)
+    check_changes(before, recipe, facts)
     return recipe
 
 

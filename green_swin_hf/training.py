@@ -161,6 +161,9 @@ class RunState:
 class TrainingLog:
     """One JSON object a line. A resumed run cuts what was logged after its checkpoint and goes on.
 
+    The file is open only while a line is written: one that is held open on a disk that went away takes lines that
+    nobody will read.
+
     Args:
         path: the file.
         position: bytes that stand; the rest is cut.
@@ -168,24 +171,22 @@ class TrainingLog:
 
     def __init__(self, path: Path, position: int = 0):
         self.path = path
-        self._file = path.open("ab")
-        self._file.truncate(min(position, path.stat().st_size))
+        with path.open("ab") as file:
+            file.truncate(min(position, path.stat().st_size))
         self._last = next(reversed(self.entries()), None)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Add a line; numbers that are not finite become null."""
         entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-        self._file.write(json.dumps(entry).encode() + b"\n")
+        with self.path.open("ab") as file:
+            file.write(json.dumps(entry).encode() + b"\n")
         self._last = entry
-        self._file.flush()
 
     def position(self) -> int:
         """Bytes on the disk so far."""
-        os.fsync(self._file.fileno())
-        return self._file.seek(0, os.SEEK_END)
-
-    def close(self) -> None:
-        self._file.close()
+        with self.path.open("ab") as file:
+            os.fsync(file.fileno())
+            return file.seek(0, os.SEEK_END)
 
     def last_entry(self) -> dict[str, Any] | None:
         """The newest line."""

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from test_examples import (
     assert_same,
     grey_images,  # noqa: F401
     load_script,
-    run_pretrain,
     training_losses,
     weights,
 )
@@ -27,8 +27,9 @@ from green_swin_hf.checkpointing import find_damage, list_checkpoints, read_trai
 PRETRAIN = Path(__file__).resolve().parents[1] / "examples" / "pretrain.py"
 
 
-def pretrain_in_child(flags, output):
+def pretrain_in_child(flags, output, variables=None):
     """What a killable child process does; `_exit` because a finished run needs no more."""
+    os.environ.update(variables or {})
     # Loader workers that are forked see that their parent is gone; those of a server of the child's own would stay.
     multiprocessing.set_start_method("fork", force=True)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -37,18 +38,47 @@ def pretrain_in_child(flags, output):
     os._exit(load_script(PRETRAIN).main(flags))
 
 
-def run_killed(context, flags, run, moment, rng):
-    """Start or go on with a run and kill it at a random time after `moment` changed; its exit code."""
-    child = context.Process(target=pretrain_in_child, args=(flags, run.parent / "shown.txt"))
-    child.start()
+def run_killed(start, run, moment, rng):
+    """Start or go on with a run and kill one of its processes at a random time after `moment` changed; exit codes."""
+    children = start()
+    victim = rng.choice(children)
     before = moment(run)
-    while child.is_alive() and moment(run) == before:
+    while victim.is_alive() and moment(run) == before:
         time.sleep(0.002)
     time.sleep(rng.uniform(0, 0.08))
-    if child.is_alive():
-        os.kill(child.pid, signal.SIGKILL)
-    child.join()
+    if victim.is_alive():
+        os.kill(victim.pid, signal.SIGKILL)
+    return [wait_for(child) for child in (victim, *(child for child in children if child is not victim))]
+
+
+def wait_for(child, seconds=60):
+    child.join(seconds)
+    assert not child.is_alive(), "still there"
     return child.exitcode
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def starter(flags, output, num_processes=1):
+    """A function that starts the processes of a run, without a launcher that would end them together."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_examples"])
+
+    def start():
+        shared = {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
+        each = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
+        own = each if num_processes > 1 else [{}]
+        children = [context.Process(target=pretrain_in_child, args=(flags, output, variables)) for variables in own]
+        for child in children:
+            child.start()
+        return children
+
+    return start
 
 
 def newest_update(run):
@@ -59,25 +89,36 @@ def file_being_written(run):
     return sorted(path.name for path in (run / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_run_killed_at_random_moments_ends_with_identical_bytes(grey_images, tmp_path, request, accumulation):  # noqa: F811
+@pytest.mark.parametrize(("accumulation", "processes"), [(1, 1), (2, 1), (1, 2)])
+def test_a_run_killed_at_random_moments_ends_with_identical_bytes(
+    grey_images,  # noqa: F811
+    tmp_path,
+    request,
+    accumulation,
+    processes,
+):
     kills, rng = request.config.getoption("kills"), random.Random(accumulation)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_examples"])
     flags = ["--data", grey_images, *TINY, "--drop-path-rate", 0.2, "--gradient-accumulation-steps", accumulation]
     flags += ["--max-steps", 3 * kills + 6, "--save-every", 1, "--keep-checkpoints", 2]
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    assert run_pretrain("--output-dir", whole, *flags) == 0
-    going = [str(word) for word in ("--output-dir", run, "--resume", "auto", *flags)]
+    whole, run, shown = tmp_path / "whole", tmp_path / "run", tmp_path / "shown.txt"
+    words = [[str(word) for word in ("--output-dir", folder, "--resume", "auto", *flags)] for folder in (whole, run)]
+    start_whole, start = (starter(line, shown, processes) for line in words)
+    assert [wait_for(child) for child in start_whole()] == [0] * processes
     killed = 0
     for number in range(kills):
         moment = (newest_update, file_being_written)[number % 2]
-        killed += run_killed(context, going, run, moment, rng) == -signal.SIGKILL
+        victim, *others = run_killed(start, run, moment, rng)
+        killed += victim == -signal.SIGKILL
+        assert set(others) <= ({1} if victim else {0})
         assert [damage for path in list_checkpoints(run / "checkpoints") if (damage := find_damage(path))] == []
     assert killed >= kills - 1  # the last may come after the end
-    assert run_pretrain(*going) == 0
+    if processes > 1:
+        assert "another process of the run is gone or does not answer" in shown.read_text()
+        assert "Traceback" not in shown.read_text()
+    assert [wait_for(child) for child in start()] == [0] * processes
     assert_same(weights(whole), weights(run))
     assert training_losses(whole) == training_losses(run)
     states = [read_training_state(list_checkpoints(folder / "checkpoints")[-1]) for folder in (whole, run)]
     for before, after in zip(*(state["optimizer"]["state"].values() for state in states), strict=True):
         assert_same(before, after)
+    assert len(states[0]["random_states"]) == processes
