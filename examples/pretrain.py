@@ -58,7 +58,7 @@ from green_swin_hf.hub_upload import add_hub_flags, open_hub
 from green_swin_hf.image_processing_green_swin import GreenSwinImageProcessor
 from green_swin_hf.lost_process import end_without_peers, is_lost_peer
 from green_swin_hf.online_probe import OnlineProbe, open_probe
-from green_swin_hf.optimization import build_optimizer, cosine_schedule, restore_optimizer, scaled_learning_rate
+from green_swin_hf.optimization import build_optimizer, cosine_schedule, scaled_learning_rate, set_schedule
 from green_swin_hf.pretrained_start import load_for_continued_training
 from green_swin_hf.pretraining_recipe import PretrainingRecipe
 from green_swin_hf.publish import publish_results
@@ -77,6 +77,7 @@ from green_swin_hf.run_setup import (
     run_parser,
     set_up_process,
 )
+from green_swin_hf.sharding import load_optimizer_state, optimizer_state, whole_model
 from green_swin_hf.sparse_plan import num_masked_units
 from green_swin_hf.stop_signals import StopSignals
 from green_swin_hf.training import (
@@ -173,6 +174,8 @@ def main(argv: list[str] | None = None) -> int:
             model = load_for_continued_training(arguments.init_from, config)
         else:
             model = GreenSwinForMaskedImageModeling(config)
+        if checkpoint:
+            load_weights(model, checkpoint)
         peak = scaled_learning_rate(recipe.learning_rate, images_per_update)
         optimizer = build_optimizer(model, peak, weight_decay=recipe.weight_decay, betas=recipe.betas)
         warmup = count_warmup(recipe, updates_per_epoch, total_updates)
@@ -189,10 +192,10 @@ def main(argv: list[str] | None = None) -> int:
         held_out is not None, online_probe,
     )  # fmt: skip
     set_seed(recipe.seed + 1 + accelerator.process_index)  # stochastic depth differs between processes
+    if checkpoint:
+        restore(run, checkpoint)
+        run.saved_update = state.update
     with one_line_errors("pretrain.py"):
-        if checkpoint:
-            restore(run, checkpoint)
-            run.saved_update = state.update
         open_output(run, arguments.report_to)
         record = RunRecord(
             output, "pretraining", "pretrain.py", is_resumed=checkpoint is not None, device=accelerator.device,
@@ -469,12 +472,11 @@ def total_skipped_images(run: Run) -> int:
 
 def measure(run: Run) -> float | None:
     """Loss on the images and masks that stay the same, logged once an update; computed by the main process."""
-    loss = None
+    loss, model = None, whole_model(run.accelerator, run.model)
     if run.log and run.fixed_batches:
         last = run.log.last_entry() or {}
         if last.get("step") == run.state.update and "validation_loss" in last:
             return last["validation_loss"]
-        model = run.accelerator.unwrap_model(run.model)
         loss = held_out_loss(model, run.fixed_batches, run.accelerator.device)
         entry = {"validation_loss": loss, "mean_prediction_loss": run.reference_loss}
         run.log.write({"step": run.state.update, "epoch": run.epoch, **entry})
@@ -484,9 +486,9 @@ def measure(run: Run) -> float | None:
 
 def probe(run: Run) -> None:
     """Accuracy of weighted k-NN on frozen features, logged; computed by the main process, the others wait for it."""
+    model = whole_model(run.accelerator, run.model) if run.online_probe else None
     if run.log and run.online_probe:
-        encoder = run.accelerator.unwrap_model(run.model).swin
-        run.probed = run.online_probe(encoder, run.accelerator.device)
+        run.probed = run.online_probe(model.swin, run.accelerator.device)
         entry = {"probe_accuracy": run.probed.value, "probe_standard_error": run.probed.standard_error}
         run.log.write({"step": run.state.update, "epoch": run.epoch, **entry})
         run.accelerator.log(entry, step=run.state.update)
@@ -497,12 +499,13 @@ def save(run: Run) -> None:
     accelerator, state = run.accelerator, run.state
     check_output(run)
     random_states = gather_object([random_state()])
-    weights = accelerator.get_state_dict(run.model)
+    model = whole_model(accelerator, run.model)
+    optimizer = optimizer_state(accelerator, run.model, run.optimizer)
     skipped_images = total_skipped_images(run)
     if run.log:
         scaler = accelerator.scaler
         training_state = {
-            "optimizer": run.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": scaler.state_dict() if scaler else None,
             "random_states": random_states,
         }
@@ -519,7 +522,7 @@ def save(run: Run) -> None:
         save_checkpoint(
             run.output / "checkpoints",
             state.update,
-            save_model=functools.partial(save_model, run, weights),
+            save_model=functools.partial(save_model, run, model),
             training_state=training_state,
             trainer_state=trainer_state,
             keep=run.recipe.keep_checkpoints,
@@ -537,17 +540,17 @@ def check_output(run: Run) -> None:
         raise OSError(f"the output folder {run.output} is gone, or its {RECIPE_FILE} is")
 
 
-def save_model(run: Run, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    run.accelerator.unwrap_model(run.model).save_pretrained(folder, state_dict=weights)
+def save_model(run: Run, model: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
     run.processor.save_pretrained(folder)
 
 
 def restore(run: Run, checkpoint: Path) -> None:
-    """Take up the state of a checkpoint; rates, decay and schedule stay those of the recipe."""
+    """Take up the state of a checkpoint but for the weights; rates, decay and schedule are those of the recipe."""
     accelerator = run.accelerator
     saved = read_training_state(checkpoint)
-    load_weights(accelerator.unwrap_model(run.model), checkpoint)
-    restore_optimizer(run.optimizer, run.scheduler, saved["optimizer"], run.state.update)
+    load_optimizer_state(accelerator, run.model, run.optimizer, saved["optimizer"]["state"])
+    set_schedule(run.scheduler, run.optimizer, run.state.update)
     if accelerator.scaler and saved["scaler"]:
         accelerator.scaler.load_state_dict(saved["scaler"])
     if len(saved["random_states"]) == accelerator.num_processes:  # others only with --override
@@ -589,14 +592,14 @@ def save_results(run: Run, config: GreenSwinConfig) -> list[str]:
     """Write model, processor, pictures; returns the names of all files that belong to the result."""
     check_output(run)
     run.final_loss = measure(run)
-    weights = run.accelerator.get_state_dict(run.model)
+    model = whole_model(run.accelerator, run.model)
     names: list[str] = []
     if run.log:
-        names = replace_files(run.output, functools.partial(save_model, run, weights))
+        names = replace_files(run.output, functools.partial(save_model, run, model))
         draw_loss_curve(run)
         names += ["loss_curve.png", "log.jsonl", RECIPE_FILE, RECORD_FILE]
         if run.fixed_batches:
-            draw_reconstructions(run, config)
+            draw_reconstructions(run, config, model)
             names.append("reconstructions.png")
     run.accelerator.wait_for_everyone()
     return sorted(names)
@@ -653,7 +656,7 @@ def draw_loss_curve(run: Run) -> None:
 
 
 @torch.no_grad()
-def draw_reconstructions(run: Run, config: GreenSwinConfig) -> None:
+def draw_reconstructions(run: Run, config: GreenSwinConfig, model: Any) -> None:
     from green_swin_hf.visualization import (
         masked_images,
         paste_reconstruction,
@@ -663,8 +666,7 @@ def draw_reconstructions(run: Run, config: GreenSwinConfig) -> None:
     )
 
     batch, unit = run.fixed_batches[0], config.mask_unit_size
-    model = run.accelerator.unwrap_model(run.model).eval()
-    output = model(**send_to_device(model_inputs(batch), run.accelerator.device))
+    output = model.eval()(**send_to_device(model_inputs(batch), run.accelerator.device))
     pixels, masks = batch["pixel_values"][:NUM_PICTURES], output.bool_masked_pos[:NUM_PICTURES].cpu()
     predicted = output.reconstruction[:NUM_PICTURES].cpu()
     pasted = paste_reconstruction(pixels, predicted, masks, unit, norm_pix_loss=config.norm_pix_loss)

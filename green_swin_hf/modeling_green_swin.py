@@ -428,14 +428,23 @@ class GreenSwinPatchEmbeddings(nn.Module):
         self.patch_size = config.patch_length
         self.projection = nn.Conv2d(config.num_channels, config.embed_dim, self.patch_size, stride=self.patch_size)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Whole images, padded to whole patches: [B, C, rows, columns]."""
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Patches of whole images [B, channels, H, W], or of visible mask units [R, V, channels, side, side].
+
+        One entrance for both: FSDP brings the weights where a module is called, not one of its other methods.
+
+        Returns:
+            [B, C, rows, columns], or [R, T, C] in the order of the pool.
+        """
+        return self._dense(pixels) if pixels.dim() == 4 else self._visible(pixels)
+
+    def _dense(self, pixel_values: Tensor) -> Tensor:
+        """Whole images, padded to whole patches."""
         below, right = (-side % self.patch_size for side in pixel_values.shape[2:])
         padded = nn.functional.pad(pixel_values, (0, right, 0, below))
         return self.projection(padded.to(self.projection.weight.dtype))
 
-    def visible(self, units: Tensor) -> Tensor:
-        """Visible mask units [R, V, channels, side, side] to patches in the order of the pool: [R, T, C]."""
+    def _visible(self, units: Tensor) -> Tensor:
         levels = (units.shape[-1] // self.patch_size).bit_length() - 1
         split = (*[2] * levels, self.patch_size)
         units = units.unflatten(4, split).unflatten(3, split)
@@ -460,8 +469,16 @@ class GreenSwinEmbeddings(nn.Module):
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[Tensor, tuple[int, int]]:
-        """Tokens of whole images in raster order, [B, L, C], and their grid."""
+    def forward(
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool, plan: SparsePlan | None, unit_size: int
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens and their grid: of whole images in raster order [B, L, C], or with a plan the visible ones."""
+        if plan is None:
+            return self._dense(pixel_values, interpolate_pos_encoding)
+        tokens = self._visible(pixel_values, plan, unit_size, interpolate_pos_encoding)
+        return tokens, plan.stages[0].grid_size
+
+    def _dense(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[Tensor, tuple[int, int]]:
         patches = self.patch_embeddings(pixel_values)
         grid_size = (patches.shape[2], patches.shape[3])
         tokens = self.norm(patches.flatten(2).transpose(1, 2))
@@ -469,10 +486,12 @@ class GreenSwinEmbeddings(nn.Module):
             tokens = tokens + self._positions(grid_size, interpolate_pos_encoding)
         return self.dropout(tokens), grid_size
 
-    def visible(self, pixel_values: Tensor, plan: SparsePlan, unit_size: int, interpolate_pos_encoding: bool) -> Tensor:
+    def _visible(
+        self, pixel_values: Tensor, plan: SparsePlan, unit_size: int, interpolate_pos_encoding: bool
+    ) -> Tensor:
         """Visible tokens in the order of the pool: [R, T, C]. Masked pixels are not read."""
         units = gather_units(pixel_values, unit_size, plan.visible_unit_index, plan.is_shared)
-        tokens = self.norm(self.patch_embeddings.visible(units))
+        tokens = self.norm(self.patch_embeddings(units))
         if self.position_embeddings is not None:
             positions = self._positions(plan.stages[0].grid_size, interpolate_pos_encoding)
             tokens = tokens + positions.index_select(1, plan.stages[0].position)
@@ -622,12 +641,10 @@ class GreenSwinModel(GreenSwinPreTrainedModel):
         pixel_values = self.checked_images(pixel_values)
         batch_size = pixel_values.shape[0]  # `len` would make it a constant of an exported program
         plan = self.resolve_plan(pixel_values, bool_masked_pos, sparse_plan)
+        tokens, grid_size = self.embeddings(pixel_values, interpolate_pos_encoding, plan, self.config.mask_unit_size)
         if plan is None:
-            tokens, grid_size = self.embeddings(pixel_values, interpolate_pos_encoding)
             layouts = self._dense_layouts(grid_size, always_partition, pixel_values.device)
         else:
-            unit = self.config.mask_unit_size
-            tokens = self.embeddings.visible(pixel_values, plan, unit, interpolate_pos_encoding)
             with_index = bool(output_attentions) or not reads_coordinates(
                 self.config._attn_implementation, pixel_values.device
             )

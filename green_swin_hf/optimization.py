@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -140,15 +140,8 @@ def cosine_schedule(optimizer: Optimizer, warmup_steps: int, total_steps: int, m
     return LambdaLR(optimizer, lambda step: cosine_factor(step, warmup_steps, total_steps, min_lr_ratio))
 
 
-def restore_optimizer(optimizer: Optimizer, scheduler: LambdaLR, saved: Mapping[str, Any], step: int) -> None:
-    """Put saved moments back and the schedule to update `step`; rates and decay are those that both were built with.
-
-    Args:
-        optimizer, scheduler: new, of the same parameters.
-        saved: `state_dict` of the optimizer that is gone on with.
-        step: updates done.
-    """
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+def set_schedule(scheduler: LambdaLR, optimizer: Optimizer, step: int) -> None:
+    """Put a new scheduler and the learning rates of its optimizer to where they are after `step` updates."""
     scheduler.last_epoch = step
     for group, peak, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["lr"] = peak * factor(step)
@@ -188,8 +181,8 @@ __all__ = [
     "layer_depth",
     "native_bf16",
     "parameter_groups",
-    "restore_optimizer",
     "scaled_learning_rate",
+    "set_schedule",
     "step_factor",
     "step_schedule",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Mapping
 from datetime import timedelta
@@ -215,6 +216,8 @@ def _quiet_datasets() -> None:
 
 def build_accelerator(precision: str, report_to: str, output: Path) -> Accelerator:
     """accelerate's accelerator for a precision that `set_up_process` gave, with a tracker that writes to `output`."""
+    # What it warns of, changes in place to what a module returned, the models do not do.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     return Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=None if report_to == "none" else report_to,

@@ -219,6 +219,50 @@ def test_resuming_passes_over_damage_and_refuses_changes(grey_images, tmp_path, 
         run_pretrain(*flags)
 
 
+def test_override_goes_on_with_other_settings_that_count_from_then_on_and_are_noted(grey_images, tmp_path, capsys):
+    output = tmp_path / "run"
+    flags = ["--data", grey_images, *TINY, "--max-steps", 6, "--save-every", 2, "--keep-checkpoints", 9]
+    assert run_pretrain("--output-dir", output, *flags, "--stop-after", 4) == 0
+    going = ["--output-dir", output, "--resume", "auto"]
+    changed = ["--learning-rate", 0.3, "--weight-decay", 0.5, "--batch-size", 4, "--max-steps", 8]
+    with pytest.raises(SystemExit, match="2"):
+        run_pretrain(*going, *changed)
+    assert "or add --override" in capsys.readouterr().err
+    assert run_pretrain(*going, *changed, "--override") == 0
+    assert "Going on with other settings: max_steps 6 -> 8, batch_size 8 -> 4" in capsys.readouterr().out
+    entries = read_log(output)
+    rates = {entry["step"]: entry["learning_rate"] for entry in entries if "loss" in entry}
+    # Half an epoch of warm-up is now 8 updates, as long as the run, so none of it is left.
+    assert [rates[step] for step in (1, 4)] == pytest.approx([3e-3 * 8 / 256 * cosine_factor(s, 4, 6) for s in (0, 3)])
+    assert [rates[step] for step in (5, 8)] == pytest.approx([0.3 * 4 / 256 * cosine_factor(s, 0, 8) for s in (4, 7)])
+    (note,) = (entry for entry in entries if "changed_settings" in entry)
+    assert note["step"] == 4
+    assert note["changed_settings"]["learning_rate"] == [0.003, 0.3]
+    (kept,) = json.loads((output / "run.json").read_text())["changed_settings"]
+    assert kept == {"after_update": 4, "settings": note["changed_settings"]}
+    last = read_training_state(list_checkpoints(output / "checkpoints")[-1])
+    assert {group["weight_decay"] for group in last["optimizer"]["param_groups"]} == {0.5, 0.0}
+    assert load_recipe(output / "recipe.yaml", PretrainingRecipe).batch_size == 4
+
+
+def test_override_cannot_change_the_model_and_is_for_runs_that_go_on(grey_images, tmp_path, capsys):
+    output = tmp_path / "run"
+    flags = ["--output-dir", output, "--data", grey_images, *TINY, "--max-steps", 4]
+    assert run_pretrain(*flags, "--stop-after", 2) == 0
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    for words, message in (
+        (["--resume", "auto", "--override", "--embed-dim", 32], "does not fit the model of these settings"),
+        (["--override"], "--override is for a run that goes on"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="2"):
+            run_pretrain(*flags, *words)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1
+        assert message in lines[0]
+    assert before == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+
 def test_two_processes_with_half_the_batch_train_as_one(grey_images, tmp_path):
     flags = ["--data", grey_images, *TINY, "--max-steps", 4, "--validation-images", 0, "--save-every", 0]
     assert run_pretrain("--output-dir", tmp_path / "one", *flags) == 0

@@ -23,6 +23,15 @@ def test_a_signal_is_noted_and_handlers_are_put_back(name):
     assert signal.getsignal(number) == before
 
 
+@pytest.fixture
+def _ctrl_c_interrupts():
+    """Also where pytest is a shell's background job, which ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_interrupts")
 def test_a_second_ctrl_c_interrupts():
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGINT)

@@ -62,7 +62,8 @@ mount("-t", "tmpfs", "-o", "size={size}k", "tmpfs")
 note("full", *attempt())
 mount("-o", "remount,size=100m")
 code, _ = attempt("--resume", "auto")
-results["after"] = {{"code": code, "same": all((weights(place / "run")[k] == v).all() for k, v in weights(Path({whole!r})).items())}}
+pairs = zip(weights(place / "run").values(), weights(Path({whole!r})).values(), strict=True)
+results["after"] = {{"code": code, "same": all(bool((left == right).all()) for left, right in pairs)}}
 mount("-o", "remount,ro")
 results["read-only start"] = dict(zip(("code", "said"), attempt("--output-dir", place / "other")))
 subprocess.run(["umount", str(place)], check=True)
@@ -75,7 +76,8 @@ subprocess.run(["umount", str(place)], check=True)
 
 mount("-t", "tmpfs", "-o", "size=100m", "tmpfs")
 code, said = attempt(at=2, harm=lambda: subprocess.run(["umount", "--lazy", str(place)], check=True))
-results["gone"] = {{"code": code, "said": said.strip().splitlines()[-1:], "left": [path.name for path in place.rglob("*")]}}
+left = [path.name for path in place.rglob("*")]
+results["gone"] = {{"code": code, "said": said.strip().splitlines()[-1:], "left": left}}
 print(json.dumps(results))
 """
 

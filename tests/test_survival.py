@@ -1,6 +1,6 @@
 """Pretraining that is killed again and again, also while it writes a checkpoint, ends as if nothing had happened.
 
-`pytest tests/test_survival.py --kills 50` kills more often.
+`pytest tests/test_survival.py --kills 10` kills more often, and one and two processes with and without accumulation.
 """
 
 import multiprocessing
@@ -63,7 +63,7 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def starter(flags, output, num_processes=1):
+def starter(flags, output, num_processes=1, target=pretrain_in_child):
     """A function that starts the processes of a run, without a launcher that would end them together."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_examples"])
@@ -73,7 +73,7 @@ def starter(flags, output, num_processes=1):
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
         each = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
         own = each if num_processes > 1 else [{}]
-        children = [context.Process(target=pretrain_in_child, args=(flags, output, variables)) for variables in own]
+        children = [context.Process(target=target, args=(flags, output, variables)) for variables in own]
         for child in children:
             child.start()
         return children
@@ -89,7 +89,7 @@ def file_being_written(run):
     return sorted(path.name for path in (run / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize(("accumulation", "processes"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize(("accumulation", "processes"), [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_a_run_killed_at_random_moments_ends_with_identical_bytes(
     grey_images,  # noqa: F811
     tmp_path,
@@ -98,6 +98,10 @@ def test_a_run_killed_at_random_moments_ends_with_identical_bytes(
     processes,
 ):
     kills, rng = request.config.getoption("kills"), random.Random(accumulation)
+    if kills == 0:
+        if accumulation == processes:
+            pytest.skip("both ways once are enough here; --kills 10 runs all four")
+        kills = 2
     flags = ["--data", grey_images, *TINY, "--drop-path-rate", 0.2, "--gradient-accumulation-steps", accumulation]
     flags += ["--max-steps", 3 * kills + 6, "--save-every", 1, "--keep-checkpoints", 2]
     whole, run, shown = tmp_path / "whole", tmp_path / "run", tmp_path / "shown.txt"
