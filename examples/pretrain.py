@@ -486,7 +486,7 @@ def measure(run: Run) -> float | None:
 
 def probe(run: Run) -> None:
     """Accuracy of weighted k-NN on frozen features, logged; computed by the main process, the others wait for it."""
-    model = whole_model(run.accelerator, run.model) if run.online_probe else None
+    model: Any = whole_model(run.accelerator, run.model) if run.online_probe else None
     if run.log and run.online_probe:
         run.probed = run.online_probe(model.swin, run.accelerator.device)
         entry = {"probe_accuracy": run.probed.value, "probe_standard_error": run.probed.standard_error}

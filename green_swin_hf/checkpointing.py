@@ -26,12 +26,8 @@ from torch import Tensor, nn
 
 _NAME = re.compile(r"step-(\d{8,})")
 _PARTIAL = ".partial"
-_WEIGHTS, _TENSORS, _PROGRESS, _CHECKSUMS = (
-    "model.safetensors",
-    "training_state.pt",
-    "trainer_state.json",
-    "checksums.json",
-)
+_WEIGHTS, _TENSORS, _PROGRESS = "model.safetensors", "training_state.pt", "trainer_state.json"
+CHECKSUMS = "checksums.json"
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
@@ -45,7 +41,7 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     try:
         with new_folder(target) as folder:
             write(folder)
-            (folder / _CHECKSUMS).write_text(json.dumps(_checksums(folder), indent=1))
+            write_checksums(folder)
     except Exception as error:  # writers of tensors raise their own kinds when the disk is full
         raise OSError(f"{target} cannot be written: {_one_line(error)}") from error
 
@@ -185,20 +181,30 @@ def checkpoint_step(path: Path) -> int:
 
 def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None when every file is there with its checksum."""
+    return find_wrong_file(path, {_WEIGHTS, _TENSORS, _PROGRESS})
+
+
+def find_wrong_file(folder: Path, needed: Iterable[str] = ()) -> str | None:
+    """What is wrong with the files of which a folder holds the checksums, in words; None when nothing is.
+
+    Args:
+        folder: where `write_checksums` was.
+        needed: names that must be among them.
+    """
     try:
-        expected = json.loads((path / _CHECKSUMS).read_text())
+        expected = json.loads((folder / CHECKSUMS).read_text())
         for name, entry in expected.items():
-            file = path / name
+            file = folder / name
             if not file.is_file():
                 return f"{name} is missing"
             if file.stat().st_size != entry["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
             if sha256(file) != entry["sha256"]:
                 return f"{name} does not have its checksum"
-        missing = {_WEIGHTS, _TENSORS, _PROGRESS} - set(expected)
+        missing = set(needed) - set(expected)
         return f"{', '.join(sorted(missing))} is missing" if missing else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"{_CHECKSUMS} cannot be read ({type(error).__name__})"
+        return f"{CHECKSUMS} cannot be read ({type(error).__name__})"
 
 
 @dataclass(frozen=True)
@@ -278,11 +284,21 @@ def _as_bytes(state: Tensor) -> Tensor:
     return state.to(device="cpu", dtype=torch.uint8)
 
 
-def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
+def write_checksums(folder: Path, leave_out: str = "") -> None:
+    """Add size and SHA-256 of the files of a folder to it, as `checksums.json`.
+
+    Args:
+        folder: of files that are whole.
+        leave_out: pattern of names that are left out, "rng_state*.pth".
+    """
+    skipped = (CHECKSUMS, leave_out or CHECKSUMS)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not any(map(path.match, skipped)))
+    entries = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
     }
+    partial = folder / f"{CHECKSUMS}{_PARTIAL}"
+    partial.write_text(json.dumps(entries, indent=1))
+    os.replace(partial, folder / CHECKSUMS)
 
 
 def sha256(path: Path) -> str:
@@ -326,10 +342,12 @@ def _unused_name(path: Path, reason: str) -> Path:
 
 
 __all__ = [
+    "CHECKSUMS",
     "OWN_FORMAT",
     "CheckpointFormat",
     "checkpoint_step",
     "find_damage",
+    "find_wrong_file",
     "list_checkpoints",
     "listed_files",
     "load_weights",
@@ -343,5 +361,6 @@ __all__ = [
     "restore_random_state",
     "save_checkpoint",
     "sha256",
+    "write_checksums",
     "write_folder",
 ]

@@ -38,7 +38,7 @@ def whole_model(accelerator: Accelerator, model: nn.Module) -> Any:
     if not accelerator.is_main_process:
         return None
     own = accelerator.unwrap_model(model)
-    kind = next(kind for kind in type(own).__mro__ if not issubclass(kind, FSDPModule))
+    kind: Any = next(kind for kind in type(own).__mro__ if not issubclass(kind, FSDPModule))
     with torch.random.fork_rng():  # its first values are drawn, and overwritten
         copy = kind(own.config)
     copy.load_state_dict(weights)
@@ -52,7 +52,7 @@ def optimizer_state(accelerator: Accelerator, model: nn.Module, optimizer: Any) 
     whole = get_optimizer_state_dict(model, optimizer.optimizer, options=_WHOLE)
     if not accelerator.is_main_process:
         return {}
-    named = whole["state"]
+    named: dict[str, Any] = dict(whole["state"])  # type: ignore[arg-type]  # torch's own type allows lists too
     groups = optimizer.state_dict()["param_groups"]
     names = _names(model, optimizer)
     state = {number: named[name] for number, name in enumerate(names) if name in named}

@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
 
-from .checkpointing import CheckpointFormat, load_weights
+from .checkpointing import CHECKSUMS, CheckpointFormat, find_wrong_file, load_weights, write_checksums
 from .recipe_files import RecipeT, load_recipe
 from .run_setup import RECIPE_FILE, check_changes, process_state, progress_bar, read_recipe
 from .stop_signals import StopSignals
@@ -30,7 +30,7 @@ def list_trainer_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_trainer_damage(checkpoint: Path) -> str | None:
-    """What is missing in a checkpoint that `Trainer` wrote; None where it was written to its end."""
+    """What is missing in a checkpoint that `Trainer` wrote, or changed since; None for a whole one."""
     missing = [name for name in _FILES if not (checkpoint / name).is_file()]
     if count_processes(checkpoint) == 0:
         missing.append("rng_state.pth")
@@ -40,7 +40,8 @@ def find_trainer_damage(checkpoint: Path) -> str | None:
         json.loads((checkpoint / "trainer_state.json").read_text())  # written last
     except (OSError, ValueError):
         return "trainer_state.json cannot be read"
-    return None
+    # `Trainer` writes in place, and the checksums come after: a run that was killed in between left a whole checkpoint.
+    return find_wrong_file(checkpoint) if (checkpoint / CHECKSUMS).is_file() else None
 
 
 TRAINER_FORMAT = CheckpointFormat(list_trainer_checkpoints, find_trainer_damage)
@@ -67,7 +68,7 @@ def read_trainer_recipe(
 
 
 class TrainerProgress(TrainerCallback):
-    """A progress bar with the newest loss, a line for each measurement, and a stop after so many updates or a signal.
+    """A progress bar with the newest loss, a line for each measurement, checksums, and a stop when asked or on a signal.
 
     Args:
         describe: text for what an evaluation logged.
@@ -105,6 +106,10 @@ class TrainerProgress(TrainerCallback):
             self.bar.set_postfix(shown, refresh=False)
         if "eval_loss" in logs and not self.bar.disable:
             self.bar.write(f"  epoch {state.epoch:.3g}: {self.describe(logs)}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if state.is_world_process_zero:  # the random states of the other processes may not be there yet
+            write_checksums(Path(args.output_dir) / f"checkpoint-{state.global_step}", leave_out="rng_state*.pth")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self.close()

@@ -84,7 +84,7 @@ def test_a_failure_while_writing_leaves_the_earlier_ones_whole_and_nothing_half_
 
     targets = {
         "state": (torch, "save"),
-        "checksum": (checkpointing, "_checksums"),
+        "checksum": (checkpointing, "sha256"),
         "rename": (type(tmp_path), "rename"),
     }
     if moment in targets:

@@ -126,3 +126,19 @@ def test_a_run_killed_at_random_moments_ends_with_identical_bytes(
     for before, after in zip(*(state["optimizer"]["state"].values() for state in states), strict=True):
         assert_same(before, after)
     assert len(states[0]["random_states"]) == processes
+
+
+def test_a_process_that_hangs_ends_the_others_in_the_stated_time(grey_images, tmp_path):  # noqa: F811
+    run, shown, patience = tmp_path / "run", tmp_path / "shown.txt", 15
+    flags = ["--data", grey_images, *TINY, "--max-steps", 10_000, "--save-every", 2, "--peer-timeout", patience]
+    children = starter([str(word) for word in (*flags, "--output-dir", run)], shown, 2)()
+    while not newest_update(run):
+        assert all(child.is_alive() for child in children), shown.read_text()
+        time.sleep(0.01)
+    os.kill(children[0].pid, signal.SIGSTOP)
+    try:
+        assert wait_for(children[1], 2 * patience) == 1
+    finally:
+        children[0].kill()
+    assert "process 1 stopped: another process of the run is gone or does not answer" in shown.read_text()
+    assert find_damage(list_checkpoints(run / "checkpoints")[-1]) is None
