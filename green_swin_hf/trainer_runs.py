@@ -68,7 +68,7 @@ def read_trainer_recipe(
 
 
 class TrainerProgress(TrainerCallback):
-    """A progress bar with the newest loss, a line for each measurement, checksums, and a stop when asked or on a signal.
+    """A progress bar with the newest loss, a line for each measurement, checksums, and a stop when asked or signalled.
 
     Args:
         describe: text for what an evaluation logged.
