@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import sys
 import warnings
@@ -177,7 +178,7 @@ def check_changes(
 
 
 def set_up_process(precision: str, threads: int | None, resumed_threads: int | None = None) -> str:
-    """Set the threads and the memory of this process, and turn off transformers' and datasets' progress bars.
+    """Set threads, memory and kind of workers of this process; turn off transformers' and datasets' progress bars.
 
     Args:
         precision: "auto" (bf16 where native, else fp32), "fp32", "bf16" or "fp16".
@@ -191,6 +192,8 @@ def set_up_process(precision: str, threads: int | None, resumed_threads: int | N
         ValueError: more threads than make sense, or fp16 on the CPU.
     """
     state, cores = process_state(), available_cores()
+    if sys.platform == "linux":  # as before Python 3.14: forked workers end with a parent that is killed
+        multiprocessing.set_start_method("fork", force=True)
     if threads and threads > 8 * cores:
         raise ValueError(f"threads {threads} must be at most 8 for each of the {cores} cores")
     if precision == "fp16" and state.device.type == "cpu":

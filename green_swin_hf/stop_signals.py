@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -15,11 +16,27 @@ from accelerate.utils import reduce
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
+_open = 0  # `StopSignals` that are entered
+
+
+def _leave_group() -> None:
+    """In a worker process that was forked within `StopSignals`: do not get the signals of the process group.
+
+    Launchers and terminals signal the whole group. A loader's worker ends on SIGTERM, whatever Python's handler says,
+    and the process that was to finish its update and save fails for want of it.
+    """
+    if _open:
+        os.setpgid(0, 0)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_leave_group)
+
+
 class StopSignals:
     """Within it SIGTERM, SIGUSR1 and the first Ctrl-C (SIGINT) are only noted; the second Ctrl-C interrupts.
 
-    Worker processes that are started within it inherit that: a queue signals every process of a job, and the main one
-    still needs their batches.
+    Worker processes that are forked within it do not get signals to the group of this one, whose batches they make.
 
     Attributes:
         received: name of the signal that came; None while there was none.
@@ -30,6 +47,8 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
+        global _open
+        _open += 1
         if threading.current_thread() is threading.main_thread():  # only there may a handler be set
             self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
@@ -37,6 +56,8 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        global _open
+        _open -= 1
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

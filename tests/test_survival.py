@@ -30,8 +30,7 @@ PRETRAIN = Path(__file__).resolve().parents[1] / "examples" / "pretrain.py"
 def pretrain_in_child(flags, output, variables=None):
     """What a killable child process does; `_exit` because a finished run needs no more."""
     os.environ.update(variables or {})
-    # Loader workers that are forked see that their parent is gone; those of a server of the child's own would stay.
-    multiprocessing.set_start_method("fork", force=True)
+    os.setpgid(0, 0)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -141,4 +140,18 @@ def test_a_process_that_hangs_ends_the_others_in_the_stated_time(grey_images, tm
     finally:
         children[0].kill()
     assert "process 1 stopped: another process of the run is gone or does not answer" in shown.read_text()
+    assert find_damage(list_checkpoints(run / "checkpoints")[-1]) is None
+
+
+def test_a_signal_to_the_whole_group_does_not_take_the_loader_away(grey_images, tmp_path):  # noqa: F811
+    """As launchers and terminals send it. A loader's worker would end at once."""
+    run, shown = tmp_path / "run", tmp_path / "shown.txt"
+    flags = ["--data", grey_images, *TINY, "--max-steps", 10_000, "--save-every", 2, "--workers", 2]
+    (child,) = starter([str(word) for word in (*flags, "--output-dir", run)], shown)()
+    while not newest_update(run):
+        assert child.is_alive(), shown.read_text()
+        time.sleep(0.01)
+    os.killpg(child.pid, signal.SIGTERM)
+    assert wait_for(child) == 0, shown.read_text()
+    assert "on SIGTERM. Go on with: python" in shown.read_text()
     assert find_damage(list_checkpoints(run / "checkpoints")[-1]) is None
