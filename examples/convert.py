@@ -7,9 +7,9 @@
     python examples/convert.py outputs/finetune outputs/swin --to swin  # loads without this package
     python examples/convert.py outputs/finetune outputs/timm --to timm
 
-Every tensor must be accounted for, and the outputs of source and result on a photograph must agree; otherwise nothing is
-written. Files are opened without running code from them. The weights keep the licence of their source: that of its card, or
-what --license states; the card of the result says it, or that it is not known.
+Every tensor must be accounted for, and the outputs of source and result on a photograph must agree; otherwise nothing
+is written. Files are opened without running code from them. The weights keep the licence of their source: that of its
+card, or what --license states; the card of the result says it, or that it is not known.
 Exit codes: 0 done, 2 wrong input or a conversion that is refused, nothing written.
 """
 

@@ -230,4 +230,13 @@ def _figure(value: float) -> str:
     return f"{value:.4g}"
 
 
-__all__ = ["PICTURES", "TASKS", "CardFacts", "card_data", "card_values", "render_card", "render_export_card", "templates_folder"]
+__all__ = [
+    "PICTURES",
+    "TASKS",
+    "CardFacts",
+    "card_data",
+    "card_values",
+    "render_card",
+    "render_export_card",
+    "templates_folder",
+]

@@ -1,7 +1,7 @@
 """Put a trained or converted model on the Hub, with its card, its code and what its run left, in one commit.
 
     python -m green_swin_hf.publish outputs/finetune --repo-id user/name            # a private repository
-    python -m green_swin_hf.publish outputs/finetune --repo-id user/name --dry-run  # show it and its card, contact nobody
+    python -m green_swin_hf.publish outputs/finetune --repo-id user/name --dry-run  # show it, contact nobody
 
 Nothing in the folder is changed. A README.md in it is taken as the card; without one, the card is written from what the
 run recorded. Exit codes: 0 done, 1 the upload failed (the repository is as it was; repeat it), 2 wrong input.
@@ -258,9 +258,10 @@ def publish_results(program: str, folder: Path, repo_id: str, *, public: bool = 
     try:
         print(f"Uploaded to {publish(folder, repo_id)}")
     except (ValueError, OSError) as error:
+        reason = one_line(error)
         words = ["python", "-m", "green_swin_hf.publish", str(folder), "--repo-id", repo_id]
         again = shlex.join([*words, "--public"] if public else words)
-        print(f"\n{program}: the upload to {repo_id} failed: {one_line(error)}; send it later: {again}", file=sys.stderr)
+        print(f"\n{program}: the upload to {repo_id} failed: {reason}; send it later: {again}", file=sys.stderr)
         return False
     return True
 
@@ -302,7 +303,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
     parser.add_argument("--license", metavar="NAME", help="licence of the weights, such as apache-2.0")
     parser.add_argument("--base-model", metavar="USER/NAME", help="model on the Hub that the weights derive from")
-    parser.add_argument("--dry-run", action="store_true", help="show what would be uploaded, and the card; contact nobody")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be uploaded and the card")
     return parser.parse_args(argv)
 
 
