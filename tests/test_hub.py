@@ -339,7 +339,6 @@ def test_no_credential_is_ever_printed(hub, monkeypatch, capfd):
     assert redacted("x a.token+of(no)known*form y") == "x *** y"
 
 
-@pytest.mark.parametrize("token", [None, "hf_" + "wrong" * 6], ids=["none", "wrong"])
 def test_whatever_goes_wrong_in_asking_reaches_every_process(monkeypatch, tmp_path):
     """The others wait for the answer of the first."""
     sent = []
@@ -351,6 +350,7 @@ def test_whatever_goes_wrong_in_asking_reaches_every_process(monkeypatch, tmp_pa
     assert sent == [[None, str(caught.value)]]
 
 
+@pytest.mark.parametrize("token", [None, "hf_" + "wrong" * 6], ids=["none", "wrong"])
 def test_without_a_good_token_nothing_is_made(hub, results, monkeypatch, capfd, token):
     monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(SystemExit, match="2"):

@@ -6,8 +6,8 @@ from green_swin_hf.redaction import one_line, redacted, without_local_paths
 from green_swin_hf.training import one_line_errors
 
 PATHS = (
-    "/home/me/cats", "~/cats", "./cats", "../../me/cats/", ".\\cats", "..\\me\\cats", "C:\\Users\\me\\cats", "d:/me/cats",
-    "\\\\server\\share\\cats", "//server/share/cats", "file:///home/me/cats", "FILE://server/share/cats", "file:/home/me/cats",
+    "/home/me/cats", "~/cats", "./cats", "../../me/cats/", ".\\cats", "..\\me\\cats", "C:\\me\\cats", "d:/me/cats",
+    "\\\\server\\share\\cats", "//server/share/cats", "file:///home/me/cats", "FILE://server/cats", "file:/me/cats",
 )  # fmt: skip
 
 
