@@ -10,7 +10,7 @@
 Every tensor must be accounted for, and the outputs of source and result on a photograph must agree; otherwise nothing
 is written. Files are opened without running code from them. The weights keep the licence of their source: that of its
 card, or what --license states; the card of the result says it, or that it is not known.
-Exit codes: 0 done, 2 wrong input or a conversion that is refused, nothing written.
+Exit codes: 0 done, 1 done but for the upload, 2 wrong input or a conversion that is refused, nothing written.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from transformers.utils import logging as transformers_logging
 import green_swin_hf  # noqa: F401 (registers the models)
 from green_swin_hf.checkpointing import listed_files, new_folder
 from green_swin_hf.configuration_green_swin import as_pair
+from green_swin_hf.hub_upload import add_hub_flags, open_hub
 from green_swin_hf.model_cards import render_export_card
 from green_swin_hf.pretrained_start import quiet_transformers
+from green_swin_hf.publish import publish_results
 from green_swin_hf.run_record import describe_start, weight_checksums, write_record
 from green_swin_hf.training import OneLineParser, check_output_folder, one_line_errors
 from green_swin_hf.weight_conversion import (
@@ -70,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--decoder-heads", type=positive, metavar="N", help="of a GreenMIM decoder not 512 wide")
     parser.add_argument("--layer-norm-eps", type=float, metavar="EPS", help="of a file that differs from its recipe")
     parser.add_argument("--license", metavar="NAME", help="of the weights, such as mit, where their card says none")
+    add_hub_flags(parser)
     parser.add_argument("--photo", type=Path, default=PHOTO, help="picture on which outputs are compared")
     return parser
 
@@ -82,6 +85,11 @@ def positive(text: str) -> int:
 
 
 def read_options(arguments: argparse.Namespace) -> ConversionOptions:
+    if arguments.push_to_hub and arguments.to != "green-swin":
+        raise ValueError(
+            f"--push-to-hub is for GreenSwin folders; upload one for {arguments.to} by: hf upload USER/NAME "
+            f"{arguments.output}"
+        )
     size = arguments.image_size
     if size is not None and len(size) > 2:
         raise ValueError(f"--image-size takes one or two numbers, not {len(size)}")
@@ -220,10 +228,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = fetch_source(arguments.source)
         origin = read_origin(arguments, source)
         conversion = convert_to_green_swin(source, arguments.photo, options)
+        hub_id = open_hub(arguments, arguments.output)
         with refusal_in_one_line(arguments.source):
             written = write(conversion, origin, arguments)
     report(conversion, origin, written, arguments)
-    return 0
+    uploaded = not hub_id or publish_results("convert.py", arguments.output, hub_id, public=arguments.hub_public)
+    return 0 if uploaded else 1
 
 
 if __name__ == "__main__":

@@ -57,6 +57,21 @@ def test_a_source_on_the_hub_keeps_its_licence_through_every_conversion(hub, tmp
     assert "does not exist here and cannot be fetched from the Hub" in refused(capsys, "some/swin", tmp_path / "other")
 
 
+def test_a_conversion_is_pushed_with_its_card(hub, tmp_path, capsys):
+    folder = saved_stock(tmp_path / "stock")
+    assert run(folder, tmp_path / "out", "--push-to-hub", "--hub-model-id", "swin", "--license", "mit") == 0
+    assert "Uploaded to" in capsys.readouterr().out
+    card = ModelCard(hub.files("someone/swin")["README.md"].decode())
+    assert card.data.to_dict()["license"] == "mit"
+    assert hub.repositories["someone/swin"].is_private
+    hub.break_at("POST", "/commit/")
+    assert run(folder, tmp_path / "again", "--push-to-hub", "--hub-model-id", "swin") == 1
+    assert "send it later: python -m green_swin_hf.publish" in capsys.readouterr().err
+    assert (tmp_path / "again" / "model.safetensors").is_file()
+    error = refused(capsys, folder, tmp_path / "timm", "--to", "timm", "--push-to-hub")
+    assert "--push-to-hub is for GreenSwin folders; upload one for timm by: hf upload" in error
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_an_unknown_licence_is_said_to_be_unknown_and_none_is_claimed(target, tmp_path, capsys):
     torch.save(timm_swin().state_dict(), tmp_path / "swin.pth")

@@ -276,10 +276,10 @@ def running_space(tmp_path, variables):
         log.close()
 
 
-def wait_for(address, process, log, seconds=120):
+def wait_for(address, process, log, seconds=400):
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=5):
+        with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=60):
             return address
         time.sleep(0.5)
     log.seek(0)
@@ -293,7 +293,7 @@ class Visitor:
         self.page = page
         self.errors = []
         page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(120_000)
         page.goto(address)
         self.page.locator("#message", has_text=re.compile("How to read|No reconstruction")).wait_for()
 
