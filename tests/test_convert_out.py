@@ -151,7 +151,7 @@ def test_what_has_no_counterpart_is_named(tmp_path, capsys):
         assert run(tmp_path / "ours", tmp_path / target, "--to", target) == 0
         printed = capsys.readouterr().out
         assert "tensors of the decoder, which has no counterpart there" in printed
-        assert printed.count("Compared on astronaut.png") == 2  # as it loads there, and with our epsilon
+        assert printed.count("Compared on astronaut.png, as written") == 2  # as it loads there, and with our epsilon
         assert "0.0001" in printed
 
 
