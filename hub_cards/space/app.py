@@ -82,7 +82,9 @@ def model_input() -> gr.State | gr.Textbox:
     given = os.environ.get("MODEL_ID", "").strip()
     if given:
         return gr.State(given)  # kept by the server: what a page or a program sends in its place counts for nothing
-    return gr.Textbox(label="Model", placeholder="Hub id or folder", info="a pretrained GreenSwin; Enter loads it")
+    return gr.Textbox(
+        label="Model", placeholder="Hub id or folder", info="a pretrained GreenSwin; press Enter to load it"
+    )
 
 
 def output_picture(caption: str) -> gr.Image:
