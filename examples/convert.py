@@ -7,27 +7,39 @@
     python examples/convert.py outputs/finetune outputs/swin --to swin  # loads without this package
     python examples/convert.py outputs/finetune outputs/timm --to timm
 
-Every tensor must be accounted for, and the outputs on a photograph must agree with those of an independent computation;
-otherwise nothing is written. Files are opened without running code from them.
-Exit codes: 0 done, 2 wrong input or a conversion that is refused, nothing written.
+Every tensor must be accounted for, and the outputs of source and result on a photograph must agree; otherwise nothing
+is written. Files are opened without running code from them. The weights keep the licence of their source: that of its
+card, or what --license states; the card of the result says it, or that it is not known.
+Exit codes: 0 done, 1 done but for the upload, 2 wrong input or a conversion that is refused, nothing written.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
 import green_swin_hf  # noqa: F401 (registers the models)
 from green_swin_hf.checkpointing import listed_files, new_folder
 from green_swin_hf.configuration_green_swin import as_pair
+from green_swin_hf.hub_upload import add_hub_flags, open_hub
+from green_swin_hf.model_cards import render_export_card
 from green_swin_hf.pretrained_start import quiet_transformers
-from green_swin_hf.run_record import describe_start, write_record
+from green_swin_hf.publish import publish_results
+from green_swin_hf.run_record import describe_start, weight_checksums, write_record
 from green_swin_hf.training import OneLineParser, check_output_folder, one_line_errors
-from green_swin_hf.weight_conversion import Conversion, ConversionOptions, convert_to_green_swin
+from green_swin_hf.weight_conversion import (
+    Conversion,
+    ConversionOptions,
+    convert_to_green_swin,
+    written_comparison,
+)
+from green_swin_hf.weight_conversion_check import Comparison
 from green_swin_hf.weight_conversion_export import Export, export_to_swin, export_to_timm
 from green_swin_hf.weight_conversion_files import fetch_source, refusal_in_one_line
 from green_swin_hf.weight_conversion_images import build_processor, processor_options
@@ -59,6 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-channels", type=positive, metavar="N", help="1: summed; else repeated in turn, rescaled")
     parser.add_argument("--decoder-heads", type=positive, metavar="N", help="of a GreenMIM decoder not 512 wide")
     parser.add_argument("--layer-norm-eps", type=float, metavar="EPS", help="of a file that differs from its recipe")
+    parser.add_argument("--license", metavar="NAME", help="of the weights, such as mit, where their card says none")
+    add_hub_flags(parser)
     parser.add_argument("--photo", type=Path, default=PHOTO, help="picture on which outputs are compared")
     return parser
 
@@ -71,6 +85,11 @@ def positive(text: str) -> int:
 
 
 def read_options(arguments: argparse.Namespace) -> ConversionOptions:
+    if arguments.push_to_hub and arguments.to != "green-swin":
+        raise ValueError(
+            f"--push-to-hub is for GreenSwin folders; upload one for {arguments.to} by: hf upload USER/NAME "
+            f"{arguments.output}"
+        )
     size = arguments.image_size
     if size is not None and len(size) > 2:
         raise ValueError(f"--image-size takes one or two numbers, not {len(size)}")
@@ -97,25 +116,60 @@ def check_paths(output: Path, photo: Path) -> None:
         raise ValueError(f"--photo {photo} is no file; give a picture to compare outputs on")
 
 
-def write(conversion: Conversion, arguments: argparse.Namespace) -> tuple[Export | None, list[str]]:
-    """Make the output folder; returns what an export says and the names of the files."""
-    model = conversion.model
+def read_origin(arguments: argparse.Namespace, fetched: Path) -> dict[str, Any]:
+    """What is known of the source, and its licence.
+
+    Raises:
+        ValueError: --license contradicts the source's own card or record.
+    """
+    stated: str | None = arguments.license
+    if stated is not None and not re.fullmatch(r"[\w.+-]+", stated):
+        raise ValueError(f"--license {stated!r} must be one word, such as mit, apache-2.0 or other")
+    origin = describe_start(str(arguments.source), fetched) or {}
+    known = origin.get("license")
+    if stated is not None and known not in (None, stated):
+        raise ValueError(
+            f"--license {stated}: the card of {arguments.source} says {known}, and converted weights keep their "
+            "licence; leave --license out"
+        )
+    return {**origin, **({"license": stated} if stated else {})}
+
+
+def write(
+    conversion: Conversion, origin: dict[str, Any], arguments: argparse.Namespace
+) -> tuple[Export | None, list[Comparison], list[str]]:
+    """Make the output folder; returns what an export says, how it compares with the model, and names of its files."""
+    model: Any = conversion.model
     processor = processor_options(conversion.checkpoint, model.config)
+    record = {"kind": "conversion", "script": "convert.py", "start_from": origin}
+    record["model"] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     export = None
     with new_folder(arguments.output) as folder:
         if arguments.to == "green-swin":
             model.save_pretrained(folder)
             build_processor(processor).save_pretrained(folder)
-            origin = describe_start(str(arguments.source))
-            write_record(folder, {"kind": "conversion", "script": "convert.py", "start_from": origin})
+            comparisons = [written_comparison(model, folder, arguments.photo)]
         else:
             to = export_to_swin if arguments.to == "swin" else export_to_timm
             export = to(model, processor, folder, arguments.photo)
+            comparisons = export.comparisons
+            library = "timm" if arguments.to == "timm" else "transformers"
+            words = [str(comparison) for comparison in comparisons]
+            name = arguments.output.resolve().name
+            card = render_export_card(name, library, export.kind, model.config, words, record)
+            (folder / "README.md").write_text(str(card), encoding="utf-8")
+        write_record(folder, {**record, "weights": weight_checksums(folder)})
         names = sorted(path.name for path in folder.iterdir())
-    return export, names
+    return export, comparisons, names
 
 
-def report(conversion: Conversion, export: Export | None, names: list[str], arguments: argparse.Namespace) -> None:
+def report(
+    conversion: Conversion,
+    origin: dict[str, Any],
+    written: tuple[Export | None, list[Comparison], list[str]],
+    arguments: argparse.Namespace,
+) -> None:
+    export, comparisons, names = written
     config = conversion.model.config
     decoder = f", decoder {config.decoder_hidden_size} wide with {config.decoder_num_attention_heads} heads"
     has_decoder = type(conversion.model).__name__ == "GreenSwinForMaskedImageModeling"
@@ -138,11 +192,11 @@ def report(conversion: Conversion, export: Export | None, names: list[str], argu
     when = ", before the change" if conversion.changes and not arguments.legacy_merge_order else ""
     for comparison in conversion.comparisons:
         print(f"Compared on {arguments.photo.name}{when}: {comparison}")
-    for comparison in export.comparisons if export else []:
-        print(f"Compared on {arguments.photo.name}: {comparison}")
-    if conversion.source_format == "green-swin" and export is None:
-        print("Compared: nothing, no tensor was renamed")
-    print(f"Wrote {arguments.output}: {listed_files(names)}. The weights keep the licence of their source.")
+    for comparison in comparisons:
+        print(f"Compared on {arguments.photo.name}, as written: {comparison}")
+    print(f"Wrote {arguments.output}: {listed_files(names)}")
+    unknown = "not known, and the card claims none; if you know it, convert with --license NAME"
+    print(f"Licence of the weights: {origin.get('license', unknown)}")
     print(f"Next: {next_step(conversion, arguments)}")
 
 
@@ -171,11 +225,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = build_parser().parse_args(argv)
         options = read_options(arguments)
         check_paths(arguments.output, arguments.photo)
-        conversion = convert_to_green_swin(fetch_source(arguments.source), arguments.photo, options)
+        source = fetch_source(arguments.source)
+        origin = read_origin(arguments, source)
+        conversion = convert_to_green_swin(source, arguments.photo, options)
+        hub_id = open_hub(arguments, arguments.output)
         with refusal_in_one_line(arguments.source):
-            export, names = write(conversion, arguments)
-    report(conversion, export, names, arguments)
-    return 0
+            written = write(conversion, origin, arguments)
+    report(conversion, origin, written, arguments)
+    uploaded = not hub_id or publish_results("convert.py", arguments.output, hub_id, public=arguments.hub_public)
+    return 0 if uploaded else 1
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from .masked_pictures import masked_images
 from .sparse_plan import SparsePlan, StageGeometry
-from .visualization import masked_images
 from .window_grouping import attention_cost
 
 # Okabe and Ito's colours, distinct to colour-blind readers. More groups repeat them; their numbers tell them apart.

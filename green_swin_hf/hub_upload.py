@@ -14,9 +14,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import logging
 
+from .redaction import one_line, redacted
+
 _TIMEOUT_SECONDS = 10
-# Tokens, passwords of addresses, and what signs an address of a large file.
-_CREDENTIALS = (r"hf_\w{6,}", r"(?<=Bearer )\S+", r"(?<=://)[^/@\s]+(?=@)", r"(?<=\?)[^\s'\">]+=[^\s'\">]+")
 
 
 def add_hub_flags(parser: argparse._ActionsContainer) -> None:
@@ -30,7 +30,7 @@ def open_hub(arguments: argparse.Namespace, output: Path) -> str | None:
     """The repository to upload to, made and writable; None without --push-to-hub. One process asks for all.
 
     Raises:
-        ValueError: as `prepare_upload`.
+        ValueError: as `prepare_upload`, and for whatever else goes wrong in asking; in every process.
     """
     if not arguments.push_to_hub:
         return None
@@ -41,6 +41,11 @@ def open_hub(arguments: argparse.Namespace, output: Path) -> str | None:
             answer[0] = prepare_upload(name, private=not arguments.hub_public)
         except ValueError as error:
             answer[1] = str(error)
+        except Exception as error:  # the other processes wait for an answer, whatever it is
+            answer[1] = (
+                f"the upload cannot be prepared ({type(error).__name__}: {one_line(error)}); mend it, or publish later "
+                "with python -m green_swin_hf.publish"
+            )
     broadcast_object_list(answer)
     if answer[1]:
         raise ValueError(answer[1])
@@ -122,17 +127,4 @@ def upload_files(
     return str(commit.commit_url)
 
 
-def one_line(error: Exception) -> str:
-    """What an error says, in one line of at most 300 characters without credentials."""
-    return " ".join(redacted(str(error) or type(error).__name__).split())[:300]
-
-
-def redacted(text: str) -> str:
-    """The text with every token, password and signature of an address as `***`."""
-    token = get_token()
-    for pattern in (*([re.escape(token)] if token else []), *_CREDENTIALS):
-        text = re.sub(pattern, "***", text)
-    return text
-
-
-__all__ = ["add_hub_flags", "one_line", "open_hub", "prepare_upload", "redacted", "upload_files"]
+__all__ = ["add_hub_flags", "open_hub", "prepare_upload", "upload_files"]

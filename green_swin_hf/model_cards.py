@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .configuration_green_swin import GreenSwinConfig
-from .run_record import total_energy, total_seconds
+from .configuration_green_swin import GreenSwinConfig, as_pair
+from .run_record import LICENCE_ENTRIES, total_energy, total_seconds
 
 # kind of a result: template, task on the Hub
 TASKS = {
@@ -66,6 +67,35 @@ def templates_folder() -> Path:
 
 def render_card(facts: CardFacts) -> ModelCard:
     """The card of a result: metadata and text."""
+    text = _environment().get_template(f"{facts.kind}.md").render(card_values(facts))
+    return ModelCard(f"---\n{card_data(facts).to_yaml()}\n---\n\n{text}")
+
+
+def render_export_card(
+    name: str, library: str, kind: str, config: GreenSwinConfig, comparisons: Sequence[str], record: dict[str, Any]
+) -> ModelCard:
+    """The card of weights in the format of another library: what they are, how to load them, whose they are.
+
+    Args:
+        name: its heading.
+        library: "transformers" or "timm".
+        kind: "encoder", "classifier" or "backbone".
+        config: of the exported model.
+        comparisons: how its outputs compare with the model's, in words.
+        record: of the conversion.
+    """
+    task = TASKS["classification" if kind == "classifier" else "pretrained"]
+    data = ModelCardData(
+        library_name=library, pipeline_tag=task, tags=["swin", "vision"], **_known(_origin_entries(record))
+    )
+    rows, columns = as_pair(config.image_size)
+    values = {"name": name, "library": library, "kind": kind, "config": config, "rows": rows, "columns": columns}
+    values |= {"comparisons": comparisons, "has_code": False}
+    text = _environment().get_template("exported.md").render(**values, **_origin_values(record))
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(templates_folder()),
         undefined=jinja2.StrictUndefined,
@@ -74,16 +104,16 @@ def render_card(facts: CardFacts) -> ModelCard:
         keep_trailing_newline=True,
     )
     environment.filters.update(duration=_duration, figure=_figure, number=lambda value: f"{value:,}")
-    text = environment.get_template(f"{facts.kind}.md").render(card_values(facts))
-    return ModelCard(f"---\n{card_data(facts).to_yaml()}\n---\n\n{text}")
+    return environment
 
 
 def card_values(facts: CardFacts) -> dict[str, Any]:
     """The names that templates use."""
     record = facts.record
     config = GreenSwinConfig.from_dict(facts.config)
-    licence, base_model = _origin(facts)
+    origin = _origin_values(record, facts.license, facts.base_model)
     return {
+        **origin,
         "repo_id": facts.repo_id,
         "name": facts.repo_id.rpartition("/")[2],
         "config": config,
@@ -92,11 +122,9 @@ def card_values(facts: CardFacts) -> dict[str, Any]:
         "has_processor": "preprocessor_config.json" in facts.files,
         "classes": facts.classes,
         "recipe": yaml.safe_dump(facts.recipe, sort_keys=False, default_flow_style=None) if facts.recipe else None,
-        "is_from_random": _is_from_random(record) and not base_model,
-        "is_without_labels": _is_from_random(record) and not base_model and record["kind"] == "pretraining",
+        "is_without_labels": origin["is_from_random"] and record["kind"] == "pretraining",
         "parameters": record.get("model", {}).get("parameters"),
         "data": record.get("data"),
-        "start": record.get("start_from"),
         "training": record.get("training"),
         "metrics": record.get("metrics", []),
         "starts": record.get("starts", []),
@@ -105,18 +133,14 @@ def card_values(facts: CardFacts) -> dict[str, Any]:
         "energy": total_energy(record),
         "pictures": {name: text for name, text in PICTURES.items() if name in facts.files},
         "has_code": "modeling_green_swin.py" in facts.files,
-        "license": licence,
-        "base_model": base_model,
     }
 
 
 def card_data(facts: CardFacts) -> ModelCardData:
     """The metadata; what is not known has no entry."""
-    licence, base_model = _origin(facts)
     data = facts.record.get("data", {})
     entries: dict[str, Any] = {
-        "license": licence,
-        "base_model": base_model,
+        **_origin_entries(facts.record, facts.license, facts.base_model),
         "datasets": [data["name"]] if data.get("on_hub") else None,
         "co2_eq_emissions": _emissions(facts.record),
     }
@@ -127,15 +151,38 @@ def card_data(facts: CardFacts) -> ModelCardData:
         tags=["green-swin", "swin", "vision", "arxiv:2205.13515"],
         model_name=facts.repo_id.rpartition("/")[2],
         eval_results=results or None,
-        **{name: value for name, value in entries.items() if value is not None},
+        **_known(entries),
     )
 
 
-def _origin(facts: CardFacts) -> tuple[str | None, str | None]:
-    """Licence of the weights, and the model on the Hub that they derive from; None where not known."""
-    start = facts.record.get("start_from", {})
-    licence = facts.license or facts.record.get("license") or start.get("license")
-    return licence, facts.base_model or start.get("base_model")
+def _known(entries: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entries.items() if value is not None}
+
+
+def _origin_entries(
+    record: dict[str, Any], license: str | None = None, base_model: str | None = None
+) -> dict[str, str | None]:
+    """Licence of the weights, and the model on the Hub that they derive from; None where not known.
+
+    Args:
+        record: of the run.
+        license, base_model: as given by the publisher, before what the record says.
+    """
+    start = record.get("start_from", {})
+    source = {"license": license} if license else record if record.get("license") else start
+    licence = {entry: source.get(entry) for entry in LICENCE_ENTRIES}
+    return {**licence, "base_model": base_model or start.get("base_model")}
+
+
+def _origin_values(record: dict[str, Any], license: str | None = None, base_model: str | None = None) -> dict[str, Any]:
+    """The names that the part on licence and origin uses."""
+    entries = _origin_entries(record, license, base_model)
+    return {
+        **entries,
+        "start": record.get("start_from"),
+        "is_converted": record.get("kind") == "conversion",
+        "is_from_random": _is_from_random(record) and not entries["base_model"],
+    }
 
 
 def _is_from_random(record: dict[str, Any]) -> bool:
@@ -183,4 +230,13 @@ def _figure(value: float) -> str:
     return f"{value:.4g}"
 
 
-__all__ = ["PICTURES", "TASKS", "CardFacts", "card_data", "card_values", "render_card", "templates_folder"]
+__all__ = [
+    "PICTURES",
+    "TASKS",
+    "CardFacts",
+    "card_data",
+    "card_values",
+    "render_card",
+    "render_export_card",
+    "templates_folder",
+]

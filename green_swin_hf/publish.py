@@ -15,7 +15,6 @@ import json
 import re
 import shlex
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,16 +28,17 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from . import image_processing_green_swin, modeling_green_swin
 from .configuration_green_swin import AUTO_MAP
-from .hub_upload import one_line, prepare_upload, upload_files
+from .hub_upload import prepare_upload, upload_files
 from .model_cards import PICTURES, CardFacts, render_card
+from .redaction import one_line, redacted, without_local_paths
 from .run_record import RECORD_FILE, read_record, weight_checksums
 from .training import OneLineParser, one_line_errors
 
 _CARD, _CONFIG, _PROCESSOR, _DETECTOR = "README.md", "config.json", "preprocessor_config.json", "detector.json"
+_LOG = "log.jsonl"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _JSON_FILES = ("metrics.json", "detections.json", RECORD_FILE)
-_NAMES_OF_CLASSES = ("id2label", "label2id", "class_names", "most_common_class")
 # Files of a result: those in a repository that are not among the new ones are of an earlier one, and go with it.
 _OWN_FILES = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|(config|preprocessor_config|detector|metrics|detections|run)\.json"
@@ -160,10 +160,11 @@ def _collect_files(
     result: Result, repo_id: str, license: str | None, base_model: str | None
 ) -> dict[str, Path | bytes]:
     folder = result.folder
-    files: dict[str, Path | bytes] = {name: folder / name for name in (*result.weights, _DETECTOR, "log.jsonl")}
-    files |= {name: folder / name for name in PICTURES}
-    files = {name: path for name, path in files.items() if isinstance(path, Path) and path.is_file()}
+    paths = {name: folder / name for name in (*result.weights, _DETECTOR, _LOG, *PICTURES)}
+    files: dict[str, Path | bytes] = {name: path for name, path in paths.items() if path.is_file()}
     _refuse_links(folder)
+    if _LOG in files:
+        files[_LOG] = redacted(paths[_LOG].read_text(encoding="utf-8")).encode()
     present = [name for name in (_CONFIG, _PROCESSOR, *_JSON_FILES) if (folder / name).is_file()]
     contents = {name: _read_json(folder / name) for name in present}
     contents = {
@@ -220,20 +221,6 @@ def _code_files(processor: dict[str, Any]) -> dict[str, Path | bytes]:
     return {path.name: path for path in paths}
 
 
-def without_local_paths(value: Any) -> Any:
-    """The same JSON content; of text that is a path of this machine, or leads out of a folder, the last component.
-
-    Names of classes stay as they are, whatever they look like.
-    """
-    if isinstance(value, dict):
-        return {key: entry if key in _NAMES_OF_CLASSES else without_local_paths(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [without_local_paths(entry) for entry in value]
-    if isinstance(value, str) and re.match(r"(/|~|\.\.?/|[A-Za-z]:[\\/])[^\n]*$", value):
-        return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
-    return value
-
-
 def _read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
@@ -271,9 +258,10 @@ def publish_results(program: str, folder: Path, repo_id: str, *, public: bool = 
     try:
         print(f"Uploaded to {publish(folder, repo_id)}")
     except (ValueError, OSError) as error:
+        reason = one_line(error)
         words = ["python", "-m", "green_swin_hf.publish", str(folder), "--repo-id", repo_id]
         again = shlex.join([*words, "--public"] if public else words)
-        print(f"\n{program}: the upload to {repo_id} failed: {error}; send it later: {again}", file=sys.stderr)
+        print(f"\n{program}: the upload to {repo_id} failed: {reason}; send it later: {again}", file=sys.stderr)
         return False
     return True
 
@@ -315,12 +303,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
     parser.add_argument("--license", metavar="NAME", help="licence of the weights, such as apache-2.0")
     parser.add_argument("--base-model", metavar="USER/NAME", help="model on the Hub that the weights derive from")
-    parser.add_argument("--dry-run", action="store_true", help="show what would be uploaded; contact nobody")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be uploaded and the card")
     return parser.parse_args(argv)
 
 
 def print_files(result: Result, files: Mapping[str, Path | bytes], repo_id: str, arguments: argparse.Namespace) -> None:
-    """What is uploaded, with sizes; in a dry run also where the card can be read."""
+    """What is uploaded, with sizes; in a dry run also the card."""
     sizes = {name: len(item) if isinstance(item, bytes) else item.stat().st_size for name, item in files.items()}
     visibility = "public" if arguments.public else "private"
     verb = "Would upload" if arguments.dry_run else "Uploading"
@@ -332,9 +320,7 @@ def print_files(result: Result, files: Mapping[str, Path | bytes], repo_id: str,
     if isinstance(card, Path):
         print(f"The card is yours: {card}")
     elif arguments.dry_run:
-        path = Path(tempfile.mkdtemp(prefix="green-swin-card-")) / _CARD
-        path.write_bytes(card)
-        print(f"The card, as it would be uploaded: {path}")
+        print(f"The card ({_CARD}), as it would be uploaded:\n\n{card.decode()}")
     sys.stdout.flush()
 
 

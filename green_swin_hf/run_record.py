@@ -5,15 +5,16 @@
     starts      one entry for each start of the run: `started` (UTC), `seconds` (missing where it was cut off),
                 `device`, `precision`, `processes`, `threads`, `machine`, `versions`, `energy`; {}: left no record
     data        `name`, `on_hub`, `train_images`, `validation_images`, `test_images`, `classes`
-    start_from  weights that the run started from: `name`, `on_hub`, and where known `license`, `base_model` (on the
-                Hub), `is_own` (trained from random weights by runs that left records)
+    start_from  weights that the run started from: `name`, `on_hub`, and where known `license` (with `license_name` and
+                `license_link` where that is "other"), `base_model` (on the Hub), `is_own` (trained from random weights
+                by runs that left records)
     model       `parameters`, …
     training    `updates`, `epochs`, `images_per_update`, `learning_rate`, …
     metrics     entries as `metric` makes them
     license     of the weights, where known
     weights     SHA-256 of each file of weights that all this was recorded for
 
-Whatever was not known is missing. Paths of the machine are not in it, only their last component.
+Whatever was not known is missing. Paths of the machine are not in it, only their last component, and no credentials.
 """
 
 from __future__ import annotations
@@ -33,12 +34,16 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, hf_hub_download
 
 from .checkpointing import sha256
 from .energy import EnergyMeter
+from .redaction import without_local_paths
 
 RECORD_FILE = "run.json"
+LICENCE_ENTRIES = ("license", "license_name", "license_link")  # of a card, and of a record
+_CARD = "README.md"
+_HUB_TIMEOUT_SECONDS = 10
 _PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "datasets")
 
 
@@ -117,7 +122,8 @@ def weight_checksums(folder: Path) -> dict[str, str]:
 def write_record(folder: Path, content: dict[str, Any]) -> None:
     """Write `run.json`, whole or not at all."""
     partial = folder / f"{RECORD_FILE}.partial"
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(without_local_paths(content), indent=1, ensure_ascii=False)
+    partial.write_text(text + "\n", encoding="utf-8")
     os.replace(partial, folder / RECORD_FILE)
 
 
@@ -164,36 +170,55 @@ def describe_data(name: str, **facts: Any) -> dict[str, Any]:
     return {**_public_name(name), **facts}
 
 
-def describe_start(name: str | None) -> dict[str, Any] | None:
-    """What is known of the weights that a run starts from: of a folder, what its own record or card says."""
+def describe_start(name: str | None, folder: Path | None = None) -> dict[str, Any] | None:
+    """What is known of the weights that a run starts from, from their own record and their card.
+
+    Args:
+        name: a folder or file, or a repository on the Hub, whose card is fetched; nothing is known where it cannot be.
+        folder: of a repository on the Hub, where it was fetched to.
+    """
     if name is None:
         return None
     found = _public_name(name)
     if found["on_hub"]:
-        return {**found, "base_model": name}
-    folder = Path(name)
-    record = read_record(folder) if folder.is_dir() else {}
+        card = folder / _CARD if folder else _fetched_card(name)
+        return {**found, **_card_entries(card, LICENCE_ENTRIES), "base_model": name}
+    local = Path(name)
+    record = read_record(local) if local.is_dir() else {}
+    known = _card_entries(local / _CARD, (*LICENCE_ENTRIES, "base_model"))
     if not record:
-        return _without_none({**found, **_card_entries(folder)})
-    before = record.get("start_from")
+        return {**found, **known}
+    before = record.get("start_from") or {}
+    for source in (before, record):  # a record knows its weights better than a card that may be older
+        known |= {entry: source[entry] for entry in (*LICENCE_ENTRIES, "base_model") if source.get(entry)}
     is_whole = bool(record.get("starts")) and all(record["starts"])  # an earlier start may have begun from anything
-    is_own = is_whole and record["kind"] != "conversion" and (before is None or bool(before.get("is_own")))
-    known = {"license": record.get("license") or (before or {}).get("license")}
-    return _without_none({**found, **known, "base_model": (before or {}).get("base_model"), "is_own": is_own or None})
+    is_own = is_whole and record["kind"] != "conversion" and (not before or bool(before.get("is_own")))
+    return {**found, **known, **({"is_own": True} if is_own and "base_model" not in known else {})}
 
 
-def _card_entries(folder: Path) -> dict[str, Any]:
-    """Licence and origin that the card in a folder names, as one downloaded from the Hub has it."""
-    card = folder / "README.md"
-    if not card.is_file():
+def _fetched_card(name: str) -> Path | None:
+    """The card of a repository on the Hub; None where it has none, or nobody answers."""
+    with contextlib.suppress(Exception):  # the HTTP library's own types, which differ between versions
+        return Path(hf_hub_download(name, _CARD, etag_timeout=_HUB_TIMEOUT_SECONDS))
+    return None
+
+
+def _card_entries(card: Path | None, names: Iterable[str]) -> dict[str, Any]:
+    """Entries of a card's metadata, as one downloaded from the Hub has them; a list of one is that one."""
+    if card is None or not card.is_file():
         return {}
-    entries = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    return {name: entries[name] for name in ("license", "base_model") if isinstance(entries.get(name), str)}
+    try:
+        entries = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # a stranger's card, which need not be one
+        return {}
+    single = {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in entries.items()}
+    return {name: single[name] for name in names if isinstance(single.get(name), str)}
 
 
 def _public_name(name: str) -> dict[str, Any]:
     on_hub = not os.path.exists(name) and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None
-    return {"name": name if on_hub else Path(name).resolve().name, "on_hub": on_hub}
+    is_path = not on_hub and "://" not in name
+    return {"name": without_local_paths(Path(name).resolve().name if is_path else name), "on_hub": on_hub}
 
 
 def describe_machine() -> dict[str, Any]:
@@ -257,6 +282,7 @@ def _without_none(value: Any) -> Any:
 
 
 __all__ = [
+    "LICENCE_ENTRIES",
     "RECORD_FILE",
     "RunRecord",
     "describe_data",

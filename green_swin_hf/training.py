@@ -30,6 +30,7 @@ from .data import (
     seeded_generator,
 )
 from .modeling_green_swin import patchify, unit_statistics
+from .redaction import redacted
 
 
 class UpdateBatches(Sampler[list[int]]):
@@ -292,13 +293,13 @@ class OneLineParser(argparse.ArgumentParser):
 def one_line_errors(program: str) -> Iterator[None]:
     """Turn wrong input into one line on stderr, from the first process of each machine, and exit code 2.
 
-    Wrong input is a `ValueError`, or an `OSError` for files that cannot be read or made.
+    Wrong input is a `ValueError`, or an `OSError` for files that cannot be read or made. Credentials in it are hidden.
     """
     try:
         yield
     except (ValueError, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            print(f"{program}: error: {' '.join(redacted(str(error)).split())}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a pretraining run: reconstructions and the loss curve. Matplotlib is needed here and nowhere else."""
+"""Pictures of a model and its pretraining: reconstructions, windows and groups, curves. Matplotlib is needed."""
 
 from __future__ import annotations
 
@@ -9,59 +9,16 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .modeling_green_swin import patchify, unit_statistics, unpatchify
+from .grouping_figure import grouping_figure
+from .masked_pictures import masked_images, paste_reconstruction, to_display
 
 # Okabe and Ito's colours, distinct to colour-blind readers; pictures are white-backed, for dark pages too.
 _BLUE, _ORANGE, _GREEN, _INK = "#0072B2", "#D55E00", "#009E73", "#222222"
-_GREY = 0.75
-
-
-def masked_images(images: Tensor, bool_masked_pos: Tensor, unit: int, fill: float | Tensor = _GREY) -> Tensor:
-    """Images `[B, C, H, W]` with their masked units painted over.
-
-    Args:
-        images: `[B, C, H, W]`.
-        bool_masked_pos: `[B, units]`, True = masked.
-        unit: side of a mask unit in pixels.
-        fill: value of masked pixels.
-    """
-    return torch.where(_pixel_mask(images, bool_masked_pos, unit), torch.as_tensor(fill, dtype=images.dtype), images)
-
-
-def paste_reconstruction(
-    pixel_values: Tensor, reconstruction: Tensor, bool_masked_pos: Tensor, unit: int, *, norm_pix_loss: bool
-) -> Tensor:
-    """What the model saw, completed by what it predicted: `[B, C, H, W]` in the scale of `pixel_values`.
-
-    Visible pixels are those of `pixel_values` exactly. With `norm_pix_loss` the predictions of each unit are scaled
-    back by the mean and standard deviation of the unit's true pixels, which the model was never asked for.
-
-    Args:
-        pixel_values: `[B, C, H, W]`, normalised as the model got them.
-        reconstruction: `[B, C, H, W]`, the model's output of that name.
-        bool_masked_pos: `[B, units]`, True = masked.
-        unit: side of a mask unit in pixels.
-        norm_pix_loss: the model's setting of that name.
-    """
-    height, width = pixel_values.shape[2:]
-    predicted = reconstruction.to(pixel_values.dtype)
-    if norm_pix_loss:
-        mean, std = unit_statistics(patchify(pixel_values, unit))
-        units = patchify(predicted, unit) * std + mean
-        predicted = unpatchify(units, (height // unit, width // unit), unit)
-    return torch.where(_pixel_mask(pixel_values, bool_masked_pos, unit), predicted, pixel_values)
-
-
-def to_display(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Undo the normalisation by channel and clip: `[B, C, H, W]` in 0 … 1."""
-    shape = (1, -1, 1, 1)
-    return (images * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)).clamp(0, 1)
 
 
 def reconstruction_figure(
@@ -227,13 +184,6 @@ def _draw_probes(axes: Axes, probes: Sequence[tuple[float, float, float]]) -> No
     axes.set_title(title, fontsize=8, loc="left", color=_INK)
 
 
-def _pixel_mask(images: Tensor, bool_masked_pos: Tensor, unit: int) -> Tensor:
-    """`[B, 1, H, W]`, True = masked."""
-    rows, columns = images.shape[2] // unit, images.shape[3] // unit
-    grid = bool_masked_pos.bool().view(-1, 1, rows, columns)
-    return grid.repeat_interleave(unit, dim=2).repeat_interleave(unit, dim=3)
-
-
 def _draw_image(axes: Axes, image: Tensor) -> None:
     """Draw `[C, H, W]` in 0 … 1 without axes."""
     if image.shape[0] >= 3:
@@ -265,6 +215,7 @@ def _limit_to_most(axes: Axes, values: Sequence[float], reference: float | None)
 
 __all__ = [
     "accuracy_figure",
+    "grouping_figure",
     "loss_figure",
     "masked_images",
     "paste_reconstruction",

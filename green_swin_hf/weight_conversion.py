@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,7 @@ class Conversion:
         num_tensors: tensors of the source that were converted.
         left_out: what was not, in words.
         changes: what differs on request, in words.
-        comparisons: outputs on the picture, before any change; empty for a GreenSwin folder, where nothing is renamed.
+        comparisons: outputs on the picture, before any change.
     """
 
     model: GreenSwinPreTrainedModel
@@ -126,7 +127,7 @@ def convert_to_green_swin(source: Path, photo: Path, options: ConversionOptions 
     """A GreenSwin model with the weights of another Swin, its outputs on a photograph compared with the other's.
 
     A stock folder is compared with transformers' own model, a published file with Swin's definition computed on the
-    file's own tensors.
+    file's own tensors, a GreenSwin folder with the model that it loads as.
 
     Raises:
         ValueError: the source is not readable or not understood to the last tensor, or the outputs differ.
@@ -142,7 +143,7 @@ def _converted(checkpoint: Checkpoint, photo: Path, options: ConversionOptions) 
     num_tensors = len(checkpoint.tensors) - sum(note.count for note in left_out)
     source_ = _read_source(checkpoint, source_format, tensors, options)
     model = build_model(source_.kind, source_.config, source_.tensors)
-    comparisons = [] if source_format == "green-swin" else _compared(source_, model, photo, options)
+    comparisons = _compared(source_, model, photo, options)
     changed, config, changes = adapt_weights(
         source_.tensors,
         source_.config,
@@ -291,6 +292,9 @@ def _compared(
     config = source.config
     pixels = photo_pixels(photo, _size(config), config.num_channels)
     ours = outputs_of(model, pixels)
+    if source.source_format == "green-swin":
+        loaded = loaded_outputs(MODELS[source.kind], source.checkpoint.path, config, pixels)
+        return [accepted(compare_outputs(ours, loaded, "from the folder's own model"))]
     if source.source_format == "swin":
         return stock_comparisons(source.checkpoint.path, source.kind, config, pixels, ours)
     published = published_outputs(
@@ -308,6 +312,35 @@ def _compared(
 
 def _size(config: GreenSwinConfig) -> tuple[int, int]:
     return as_pair(config.image_size)
+
+
+def loaded_outputs(
+    kind: type[GreenSwinPreTrainedModel], folder: Path, config: GreenSwinConfig, pixels: Tensor
+) -> list[Tensor]:
+    """Outputs of the model that a GreenSwin folder loads as, in float32.
+
+    Raises:
+        ValueError: it does not load.
+    """
+    own = copy.deepcopy(config)  # loading notes in it where from
+    try:
+        model: Any = kind.from_pretrained(folder, config=own, dtype=torch.float32)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{folder} does not load: {' '.join(str(error).split())[:300]}") from None
+    return outputs_of(model.eval(), pixels)
+
+
+def written_comparison(model: GreenSwinPreTrainedModel, folder: Path, photo: Path) -> Comparison:
+    """The outputs of a model on a picture beside those of the folder that it was saved to.
+
+    Raises:
+        ValueError: they differ by more than rounding, or the folder does not load.
+    """
+    config: Any = model.config
+    pixels = photo_pixels(photo, _size(config), config.num_channels)
+    whole: Any = copy.deepcopy(model).float().eval()
+    written = loaded_outputs(type(model), folder, GreenSwinConfig.from_pretrained(folder), pixels)
+    return accepted(compare_outputs(outputs_of(whole, pixels), written, "from the folder that was written"))
 
 
 def stock_comparisons(
@@ -358,4 +391,5 @@ __all__ = [
     "build_model",
     "convert_to_green_swin",
     "stock_comparisons",
+    "written_comparison",
 ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BitImageProcessor, SwinConfig, ViTImageProcessor
 
@@ -54,11 +54,13 @@ class Export:
     """What was written, and how its outputs compare with the model's.
 
     Attributes:
+        kind: of the exported part, "encoder", "classifier" or "backbone".
         num_tensors: tensors in the file.
         left_out: what of the model has no counterpart there, in words.
         comparisons: outputs on the picture.
     """
 
+    kind: str
     num_tensors: int
     left_out: list[str]
     comparisons: list[Comparison]
@@ -91,7 +93,7 @@ def export_to_swin(model: GreenSwinPreTrainedModel, processor: Mapping[str, Any]
     ours = _outputs(model, kind, pixels)
     if model.config.num_channels == 1:
         left_out = [*left_out, "turning pictures grey, which the stock image processor does not do"]
-    return Export(len(tensors), left_out, stock_comparisons(folder, kind, model.config, pixels, ours))
+    return Export(kind, len(tensors), left_out, stock_comparisons(folder, kind, model.config, pixels, ours))
 
 
 def stock_processor(options: Mapping[str, Any]) -> ViTImageProcessor | BitImageProcessor:
@@ -130,7 +132,7 @@ def stock_config(config: GreenSwinConfig, kind: str) -> SwinConfig:
 def export_to_timm(model: GreenSwinPreTrainedModel, processor: Mapping[str, Any], folder: Path, photo: Path) -> Export:
     """Write a state dict for timm's Swin, with the `config.json` that `timm.create_model("local-dir:…")` reads.
 
-    Args: those of `export_to_swin`. The outputs are compared with Swin's definition on the written tensors.
+    Args: those of `export_to_swin`. The outputs are compared with Swin's definition on the tensors of the written file.
 
     Raises:
         ValueError: timm's Swin cannot have this geometry or kind, or the outputs differ.
@@ -145,7 +147,8 @@ def export_to_timm(model: GreenSwinPreTrainedModel, processor: Mapping[str, Any]
     description = timm_config(model.config, kind, processor)
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     pixels = photo_pixels(photo, as_pair(model.config.image_size), model.config.num_channels)
-    return Export(len(tensors), left_out, _timm_comparisons(tensors, model, kind, pixels))
+    written = load_file(folder / "model.safetensors")
+    return Export(kind, len(tensors), left_out, _timm_comparisons(written, model, kind, pixels))
 
 
 def check_timm_geometry(config: GreenSwinConfig) -> None:

@@ -70,6 +70,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def fetch_source(source: str) -> Path:
     """`source` as a path, fetched first where it is no path and reads like a repository on the Hub (`user/name`).
 
+    With the weights comes the card, which tells their licence.
+
     Raises:
         ValueError: it cannot be fetched.
     """
@@ -77,7 +79,7 @@ def fetch_source(source: str) -> Path:
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
         return path
     try:
-        folder = Path(snapshot_download(source, allow_patterns=["*config.json", "model*.safetensors*"]))
+        folder = Path(snapshot_download(source, allow_patterns=["*config.json", "model*.safetensors*", "README.md"]))
         if not any(folder.glob("model*.safetensors")):
             snapshot_download(source, allow_patterns=["pytorch_model*.bin*"])
         return folder

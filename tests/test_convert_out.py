@@ -11,9 +11,9 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_convert import GOLDEN, PHOTO, assert_equal_outputs, microsoft_tensors, refused, run, stock_config, timm_swin
 from test_remote_code import run_without
 from tiny import images, randomised, tiny_config
+from tiny_swins import GOLDEN, PHOTO, assert_equal_outputs, microsoft_tensors, refused, run, stock_config, timm_swin
 from transformers import AutoImageProcessor, SwinBackbone, SwinForImageClassification, SwinModel, ViTImageProcessor
 
 from green_swin_hf import (
@@ -91,9 +91,10 @@ for word in sys.argv[1:]:
 """
 
 
-@pytest.fixture
-def exported(tmp_path):
-    """Our models of each kind, and the words that tell `LOADING` where their exports lie."""
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder with our models of each kind and their exports, the models, and words that tell `LOADING` of them."""
+    tmp_path = tmp_path_factory.mktemp("exported")
     torch.save(images(2), tmp_path / "pixels.pt")
     shutil.copy(PHOTO, tmp_path / "photo.png")
     models = {kind: saved(kind, tmp_path / f"our_{kind}") for kind in OURS}
@@ -104,7 +105,7 @@ def exported(tmp_path):
             tmp_path / f"our_{kind}"
         )
         assert run(tmp_path / f"our_{kind}", tmp_path / kind, "--to", "swin") == 0
-    return models, [f"{kind}={STOCK[kind].__name__}" for kind in OURS]
+    return tmp_path, models, [f"{kind}={STOCK[kind].__name__}" for kind in OURS]
 
 
 def assert_loaded(models, folder: Path, tolerance: float = 1e-6) -> None:
@@ -120,11 +121,11 @@ def assert_loaded(models, folder: Path, tolerance: float = 1e-6) -> None:
         torch.testing.assert_close(prepared, wanted, atol=tolerance, rtol=0)
 
 
-def test_exported_folders_load_where_the_package_is_not_installed(exported, tmp_path):
-    models, words = exported
-    printed = run_without(f"import sys\nsys.argv = ['-c', *{words!r}]\n{LOADING}", {"green_swin_hf"}, tmp_path)
+def test_exported_folders_load_where_the_package_is_not_installed(exported):
+    folder, models, words = exported
+    printed = run_without(f"import sys\nsys.argv = ['-c', *{words!r}]\n{LOADING}", {"green_swin_hf"}, folder)
     assert printed.count("SwinConfig") == len(OURS)
-    assert_loaded(models, tmp_path)
+    assert_loaded(models, folder)
 
 
 OLD_PYTHON = os.environ.get("GREEN_SWIN_TRANSFORMERS_4_PYTHON")
@@ -133,15 +134,15 @@ OLD_PYTHON = os.environ.get("GREEN_SWIN_TRANSFORMERS_4_PYTHON")
 @pytest.mark.skipif(
     not OLD_PYTHON, reason="GREEN_SWIN_TRANSFORMERS_4_PYTHON names no interpreter that has transformers 4.x"
 )
-def test_exported_folders_load_in_transformers_4(exported, tmp_path):
-    models, words = exported
+def test_exported_folders_load_in_transformers_4(exported):
+    folder, models, words = exported
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [str(OLD_PYTHON), "-c", LOADING, *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("4.")
-    assert_loaded(models, tmp_path, tolerance=2.1 / 255 / 0.25)
+    assert_loaded(models, folder, tolerance=2.1 / 255 / 0.25)
 
 
 def test_what_has_no_counterpart_is_named(tmp_path, capsys):
@@ -150,7 +151,7 @@ def test_what_has_no_counterpart_is_named(tmp_path, capsys):
         assert run(tmp_path / "ours", tmp_path / target, "--to", target) == 0
         printed = capsys.readouterr().out
         assert "tensors of the decoder, which has no counterpart there" in printed
-        assert printed.count("Compared on astronaut.png") == 2  # as it loads there, and with our epsilon
+        assert printed.count("Compared on astronaut.png, as written") == 2  # as it loads there, and with our epsilon
         assert "0.0001" in printed
 
 

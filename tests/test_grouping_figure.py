@@ -10,9 +10,9 @@ from tiny import images, seeded, tiny_config
 
 from green_swin_hf import GreenSwinConfig, SparseGeometry, build_sparse_plan, sample_masks
 from green_swin_hf.data import EvaluationTransform
-from green_swin_hf.grouping_figure import grouping_figure, read_groups
+from green_swin_hf.grouping_figure import read_groups
 from green_swin_hf.image_decoding import decode_image
-from green_swin_hf.visualization import save_figure
+from green_swin_hf.visualization import grouping_figure, save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 # Seven rows and five columns of mask units of 8 px: windows of 3, 4 or 5 tokens cut units apart.

@@ -1,5 +1,6 @@
 """Publishing to a Hub on loopback, and reading back what was published."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -14,16 +15,22 @@ import pytest
 import torch
 import transformers
 from hub_server import TOKEN, HubServer, Repository
+from huggingface_hub import ModelCard
 from test_remote_code import run_without
 from tiny import images
 from tiny_results import PICTURES, run_record, save_picture, save_result
+from tiny_swins import run as run_conversion
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 
 from green_swin_hf import GreenSwinForImageClassification, GreenSwinForMaskedImageModeling, GreenSwinModel, publish
-from green_swin_hf.hub_upload import prepare_upload, redacted
+from green_swin_hf.hub_upload import open_hub, prepare_upload
+from green_swin_hf.redaction import redacted
 from green_swin_hf.run_record import write_record
 
 ROOT = Path(__file__).resolve().parents[1]
+OTHER_RESULTS = (
+    "grey", "pretrained without processor", "classification without processor", "converted", "converted encoder"
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -39,7 +46,14 @@ def results(tmp_path_factory):
     """A folder of each kind, and a classifier of grey images."""
     parent = tmp_path_factory.mktemp("published")
     folders = {kind: save_result(kind, parent / kind) for kind in PICTURES}
-    return {**folders, "grey": save_result("classification", parent / "grey", is_grey=True)}
+    folders["grey"] = save_result("classification", parent / "grey", is_grey=True)
+    for kind in ("pretrained", "classification"):
+        folders[f"{kind} without processor"] = shutil.copytree(folders[kind], parent / f"bare_{kind}")
+        (folders[f"{kind} without processor"] / "preprocessor_config.json").unlink()
+    for name, head in (("converted", []), ("converted encoder", ["--drop-head"])):
+        folders[name] = parent / name.replace(" ", "_")
+        assert run_conversion(folders["classification"], folders[name], *head) == 0
+    return folders
 
 
 def push(folder, name, *flags):
@@ -76,9 +90,10 @@ def test_what_is_pushed_loads_again_and_is_what_was_listed(hub, results, capsys)
     assert backbone(images(1)).feature_maps[0].shape == (1, 16, 8, 8)
 
 
-@pytest.mark.parametrize("name", ["pretrained", "classification", "detection", "segmentation", "grey"])
-def test_every_snippet_of_a_card_runs_as_written(hub, results, tmp_path, monkeypatch, name):
-    assert push(results[name], name) == 0
+@pytest.mark.parametrize("result", [*PICTURES, *OTHER_RESULTS])
+def test_every_snippet_of_a_card_runs_as_written(hub, results, tmp_path, monkeypatch, result):
+    name = result.replace(" ", "-")
+    assert push(results[result], name) == 0
     save_picture(tmp_path / "picture.jpg")
     monkeypatch.chdir(tmp_path)
     card = hub.files(f"someone/{name}")["README.md"].decode()
@@ -87,12 +102,16 @@ def test_every_snippet_of_a_card_runs_as_written(hub, results, tmp_path, monkeyp
     names = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
-    if name == "detection":
+    if result == "detection":
         assert set(names["found"]) == {"boxes", "labels", "scores", "masks"}
-    elif name == "segmentation":
+    elif result == "segmentation":
         assert names["classes"].shape == (64, 72)
-    elif name == "pretrained":
+    elif result == "pretrained":
         assert names["output"].reconstruction.shape == (1, 3, 32, 32)
+    elif "features" in names:
+        assert names["features"].shape[-1] == 32 if "without" in result else len(names["features"][0]) == 16
+    elif "answers" not in names:
+        assert names["pixel_values"].shape == (1, 3, 64, 64)
     else:
         assert {answer["label"] for answer in names["answers"]} == {"circle", "square", "triangle"}
 
@@ -218,6 +237,9 @@ def test_pushing_the_same_again_makes_no_commit(hub, results):
 
 def test_a_dry_run_shows_all_and_contacts_nobody(hub, results, capsys, monkeypatch, tmp_path):
     monkeypatch.delenv("HF_TOKEN")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
     before = fingerprint(results["segmentation"])
     assert push(results["segmentation"], "model", "--dry-run", "--license", "mit") == 0
     said = capsys.readouterr().out
@@ -227,9 +249,11 @@ def test_a_dry_run_shows_all_and_contacts_nobody(hub, results, capsys, monkeypat
     assert re.search(rf"^ +{size:,}  model.safetensors$", said, flags=re.MULTILINE)
     assert "Would upload" in said
     assert "private" in said
-    card = Path(re.search(r"The card, as it would be uploaded: (\S+)", said)[1])
-    assert "license: mit" in card.read_text()
-    shutil.rmtree(card.parent)
+    listed, _, card = said.partition("The card (README.md), as it would be uploaded:\n\n")
+    assert "README.md" in listed
+    assert ModelCard(card).data.to_dict()["license"] == "mit"
+    assert "## Licence and origin" in card
+    assert set(temporary.iterdir()) == set()
 
 
 def test_a_name_without_a_user_is_ones_own(hub, results):
@@ -313,6 +337,17 @@ def test_no_credential_is_ever_printed(hub, monkeypatch, capfd):
     assert text == "a *** b https://***@host/x?*** Bearer *** ***"
     monkeypatch.setenv("HF_TOKEN", "a.token+of(no)known*form")
     assert redacted("x a.token+of(no)known*form y") == "x *** y"
+
+
+def test_whatever_goes_wrong_in_asking_reaches_every_process(monkeypatch, tmp_path):
+    """The others wait for the answer of the first."""
+    sent = []
+    monkeypatch.setattr("green_swin_hf.hub_upload.broadcast_object_list", sent.append)
+    monkeypatch.setattr("green_swin_hf.hub_upload.get_token", lambda: (tmp_path / "no token").read_text())
+    arguments = argparse.Namespace(push_to_hub=True, hub_model_id="model", hub_public=False)
+    with pytest.raises(ValueError, match=r"cannot be prepared \(FileNotFoundError: .*publish later") as caught:
+        open_hub(arguments, tmp_path)
+    assert sent == [[None, str(caught.value)]]
 
 
 @pytest.mark.parametrize("token", [None, "hf_" + "wrong" * 6], ids=["none", "wrong"])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from test_examples import load_script
 from tiny import tiny_config
 from tiny_results import CLASSES, PICTURES, SECRET_FOLDER, run_record, save_result
 
-from green_swin_hf import GreenSwinForImageClassification
+from green_swin_hf import GreenSwinForImageClassification, publish
 from green_swin_hf.publish import collect_files, find_result
 from green_swin_hf.run_record import write_record
 
@@ -147,6 +148,12 @@ ORIGINS = {
         ("cc-by-nc-4.0", None),
         "Licence of the weights: cc-by-nc-4.0",
     ),
+    "conversion of unknown licence": (
+        {"kind": "conversion", "start_from": {"name": "x.pth", "on_hub": False}},
+        {},
+        (None, None),
+        "The licence of these weights is not known",
+    ),
     "base given": ({"start_from": {"name": "run", "on_hub": False}}, {"base_model": "a/b"}, (None, "a/b"), "[a/b]"),
 }
 
@@ -201,6 +208,39 @@ def test_weights_in_shards_are_uploaded_with_their_index(tmp_path):
         find_result(tmp_path / "model")
 
 
+# Commands of cards
+
+
+def commands_of(text):
+    """The command lines of a card as words, without comments and environment."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    split = [shlex.split(line, comments=True) for line in lines]
+    without = [[word for word in words if not re.match(r"[A-Z_]+=", word)] for words in split]
+    return [words for words in without if words]
+
+
+def parse_command(words):
+    """Have the program's own parser read a command; returns program and arguments."""
+    if words[:2] == ["accelerate", "launch"]:
+        program, *rest = words[2:]
+    elif words[:2] == ["python", "-m"]:
+        assert words[2] == "green_swin_hf.publish"
+        return "publish", publish.parse_arguments(words[3:])
+    else:
+        python, program, *rest = words
+        assert python == "python"
+    return program, load_script(ROOT / program).parse_arguments(rest)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_commands_of_a_card_are_read_by_the_programs_own_parsers(results, kind):
+    commands = [parse_command(words) for words in commands_of(card_of(results[kind]).text)]
+    assert [program for program, _ in commands] == (["examples/finetune.py"] if kind == "pretrained" else [])
+    for _, arguments in commands:
+        assert arguments.model == "someone/tiny"
+
+
 VARIANTS = sorted((ROOT / "hub_cards" / "variants").glob("*.md"))
 
 
@@ -211,13 +251,47 @@ def test_cards_of_variants_are_instructions_whose_commands_parse_and_claim_no_re
     assert "model-index" not in card.data.to_dict()
     assert "no weights" in text.lower()
     assert not re.search(r"\d\d\.\d ?%|top-1", text)
-    commands = re.findall(
-        r"^(?:accelerate launch|python) (?:-m )?(\S+)((?: [^\\\n]+| \\\n)+)", text, flags=re.MULTILINE
+    commands = [parse_command(words) for words in commands_of(text)]
+    assert [program for program, _ in commands] == ["examples/pretrain.py", "examples/finetune.py", "publish"]
+    pretrained, finetuned, published = (arguments for _, arguments in commands)
+    assert (ROOT / pretrained.recipe).name == f"{path.stem}.yaml"
+    assert finetuned.model == str(pretrained.output_dir)
+    assert published.folder == finetuned.output_dir
+    recipes = [yaml.safe_load((ROOT / arguments.recipe).read_text()) for arguments in (pretrained, finetuned)]
+    row = [f"{recipe['epochs']} ({recipe['warmup_epochs']})" for recipe in recipes]
+    assert f"| epochs (of them warm-up) | {row[0]} | {row[1]} |" in text
+    rates = re.search(
+        r"^\| base learning rate \| (\S+) for 256 images \| (\S+) for 512 images", text, flags=re.MULTILINE
     )
-    assert [program for program, _ in commands] == [
-        "examples/pretrain.py", "examples/finetune.py", "green_swin_hf.publish",
-    ]  # fmt: skip
-    for program, words in commands[:2]:
-        script = load_script(ROOT / program)
-        arguments = script.parse_arguments(words.replace("\\\n", " ").split())
-        assert (ROOT / arguments.recipe).is_file()
+    assert [float(rate) for rate in rates.groups()] == [float(recipe["learning_rate"]) for recipe in recipes]
+    assert f"window {recipes[0]['window_size']}" in text.splitlines()[6]
+
+
+def test_every_variant_that_has_a_recipe_has_a_card():
+    recipes = (ROOT / "examples" / "recipes" / "pretraining").glob("swin_*.yaml")
+    assert [path.stem for path in VARIANTS] == sorted(path.stem for path in recipes)
+
+
+def test_commands_of_the_space_run(monkeypatch):
+    """Those of the Hub's own program as it is, but for the network."""
+    from huggingface_hub import HfApi, RepoUrl
+    from huggingface_hub.cli.hf import app
+
+    made, uploaded = [], []
+    monkeypatch.setattr(
+        HfApi, "create_repo", lambda *_, **given: made.append(given) or RepoUrl("https://huggingface.co/spaces/a/b")
+    )
+    monkeypatch.setattr(HfApi, "upload_folder", lambda *_, **given: uploaded.append(given))
+    monkeypatch.chdir(ROOT)
+    for words in commands_of((ROOT / "hub_cards" / "space" / "README.md").read_text(encoding="utf-8")):
+        if words[0] == "hf":
+            app(words[1:], standalone_mode=False)
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file()
+        else:
+            assert words[:3] == ["pip", "install", "-e"]
+            assert words[3] == ".[examples,space]"
+    assert made[0]["space_sdk"] == "gradio"
+    folders = {given["folder_path"]: given["path_in_repo"] for given in uploaded}
+    assert folders == {"hub_cards/space": ".", "green_swin_hf": "green_swin_hf", "examples/data/photos": "photos"}
+    assert all(Path(folder).is_dir() for folder in folders)

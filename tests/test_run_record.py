@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from hub_server import HubServer, Repository
+from huggingface_hub import ModelCardData
 
 from green_swin_hf import energy, run_record
 from green_swin_hf.energy import NO_COUNTRY, EnergyMeter, check_energy
@@ -94,19 +95,55 @@ def test_only_names_of_local_data_are_kept(tmp_path):
     }  # fmt: skip
     assert describe_data("someone/pictures") == {"name": "someone/pictures", "on_hub": True}
     assert describe_data("/moved/away/pictures") == {"name": "pictures", "on_hub": False}
+    for name in ("file:///home/me/pictures", "\\\\server\\share\\pictures", "~/pictures", "../pictures/"):
+        assert describe_data(name) == {"name": "pictures", "on_hub": False}
+    for name in ("s3://key:se/cr=et@bucket/pictures", "https://me:pass@host/pictures?signature=abc"):
+        described = str(describe_data(name))
+        assert "***" in described
+        assert not any(secret in described for secret in ("key", "cr=et", "me:", "pass", "abc"))
+
+
+def test_no_credential_reaches_a_record(tmp_path):
+    write_record(tmp_path, {"kind": "x", "data": {"name": "s3://AKIAKEY@bucket/x"}, "more": ["hf_" + 20 * "a"]})
+    text = (tmp_path / "run.json").read_text()
+    assert "AKIAKEY" not in text
+    assert "hf_" not in text
+    assert "s3://***@bucket/x" in text
+
+
+def card_text(**entries):
+    return f"---\n{ModelCardData(**entries).to_yaml()}\n---\n"
+
+
+def test_what_weights_of_the_hub_come_from_is_read_from_their_card(tmp_path, monkeypatch):
+    with HubServer() as hub:
+        hub.use(monkeypatch, tmp_path)
+        hub.repositories["someone/swin"] = Repository(is_private=False)
+        hub.repositories["someone/swin"].add({"README.md": card_text(license="mit", base_model="a/b").encode()})
+        known = {"name": "someone/swin", "on_hub": True, "base_model": "someone/swin"}
+        assert describe_start("someone/swin") == {**known, "license": "mit"}
+        missing = {"name": "no/swin", "on_hub": True, "base_model": "no/swin"}
+        assert describe_start("no/swin") == missing
+        assert describe_start("no/swin", tmp_path) == missing
+        (tmp_path / "README.md").write_text(card_text(license=["mit"]))
+        assert describe_start("no/swin", tmp_path) == {**missing, "license": "mit"}
+        for strange in ("---\n- a\n---\n", "---\nlicense: [a, b]\n---\n", "---\n}{\n---\n", "\xff"):
+            (tmp_path / "README.md").write_bytes(strange.encode("latin-1"))
+            assert describe_start("no/swin", tmp_path) == missing
 
 
 def test_what_weights_come_from_is_read_from_their_folder(tmp_path):
     assert describe_start(None) is None
     stock = {"name": "microsoft/swin-x", "on_hub": True, "base_model": "microsoft/swin-x"}
-    assert describe_start("microsoft/swin-x") == stock
     folder = tmp_path / "model"
     folder.mkdir()
     assert describe_start(str(folder)) == {"name": "model", "on_hub": False}
-    ModelCard(f"---\n{ModelCardData(license='mit', base_model='a/b').to_yaml()}\n---\n").save(folder / "README.md")
+    (folder / "README.md").write_text(card_text(license="mit", base_model="a/b"))
     assert describe_start(str(folder)) == {"name": "model", "on_hub": False, "license": "mit", "base_model": "a/b"}
     start = {"started": "2031-05-06T07:08:09+00:00"}
-    write_record(folder, {"kind": "pretraining", "starts": [start]})
+    write_record(folder, {"kind": "pretraining", "starts": [start]})  # published by hand since: the card knows more
+    assert describe_start(str(folder)) == {"name": "model", "on_hub": False, "license": "mit", "base_model": "a/b"}
+    (folder / "README.md").unlink()
     assert describe_start(str(folder)) == {"name": "model", "on_hub": False, "is_own": True}
     write_record(folder, {"kind": "pretraining", "starts": [{}, start]})  # the first start left no record
     assert describe_start(str(folder)) == {"name": "model", "on_hub": False}

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import json
 import os
 import re
 import shutil
@@ -232,8 +233,21 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def space(chromium, grey_model, tmp_path_factory):
-    """Address of the demo, run as a Space runs it: package and photographs beside app.py, in a process of its own."""
-    tmp_path = tmp_path_factory.mktemp("space")
+    """Address of the demo with the model of its environment."""
+    with running_space(tmp_path_factory.mktemp("space"), {"MODEL_ID": grey_model}) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def open_space(chromium, tmp_path_factory):
+    """Address of the demo where visitors name the model."""
+    with running_space(tmp_path_factory.mktemp("open_space"), {}) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def running_space(tmp_path, variables):
+    """The demo run as a Space runs it: package and photographs beside app.py, in a process of its own."""
     folder = tmp_path / "demo"
     shutil.copytree(SPACE, folder)
     shutil.copytree(PHOTOS, folder / "photos")
@@ -242,8 +256,8 @@ def space(chromium, grey_model, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {
-        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-        "MODEL_ID": grey_model,
+        **{name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MODEL_ID")},
+        **variables,
         "GRADIO_SERVER_PORT": str(port),
         "GRADIO_TEMP_DIR": str(tmp_path / "uploads"),
         "HF_HUB_OFFLINE": "1",
@@ -261,10 +275,10 @@ def space(chromium, grey_model, tmp_path_factory):
         log.close()
 
 
-def wait_for(address, process, log, seconds=120):
+def wait_for(address, process, log, seconds=400):
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=5):
+        with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=60):
             return address
         time.sleep(0.5)
     log.seek(0)
@@ -278,9 +292,9 @@ class Visitor:
         self.page = page
         self.errors = []
         page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(120_000)
         page.goto(address)
-        self.message("How to read")
+        self.page.locator("#message", has_text=re.compile("How to read|No reconstruction")).wait_for()
 
     def message(self, text):
         """Wait until the message holds this text."""
@@ -344,19 +358,45 @@ def test_a_visitor_sees_masked_picture_reconstruction_and_groups(space, browser)
     page.get_by_role("radio", name="2").check()  # while the first change is still being computed
     visitor.changed(drawing)
     assert visitor.pictures() == 3
-
-    # Without a model: no reconstruction, the four stages of Swin-T.
-    visitor.set_model("")
-    visitor.message("No reconstruction: no model is given")
-    assert visitor.pictures() == 2
-    assert page.get_by_role("radio").count() == 4
-    assert page.get_by_role("radio", name="2").is_checked()
     assert visitor.errors == []
 
 
 @pytest.mark.browser
-def test_a_visitor_is_told_in_one_line_what_is_wrong(space, browser, tmp_path):
+def test_a_visitor_cannot_name_another_model_than_that_of_the_space(space, browser):
+    """Neither on the page nor as a program: what is sent in the place of the model counts for nothing."""
     visitor = Visitor(browser.new_page(), space)
+    assert visitor.page.get_by_label("Model").count() == 0
+    with urllib.request.urlopen(f"{space}/gradio_api/info", timeout=30) as answer:
+        names = [entry["parameter_name"] for entry in json.load(answer)["named_endpoints"]["/show"]["parameters"]]
+    assert "picture" in names
+    assert "model" not in names
+    sent = {"data": [None, "no/such-model", 0.5, 0, 1, False], "session_hash": "somebody"}
+    request = urllib.request.Request(
+        f"{space}/gradio_api/run/show", json.dumps(sent).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        said = answer.read()
+    assert b"No picture" in said  # which comes after loading the model
+    assert b"no/such-model" not in said
+
+
+@pytest.mark.browser
+def test_a_visitor_of_a_space_without_a_model_names_one(open_space, browser, colour_model):
+    visitor = Visitor(browser.new_page(), open_space)
+    visitor.message("No reconstruction: no model is given")
+    assert visitor.pictures() == 2
+    assert visitor.page.get_by_role("radio").count() == 4  # those of Swin-T
+    assert visitor.page.get_by_role("radio", name="2").is_checked()
+    visitor.set_model(colour_model)
+    visitor.message("How to read")
+    assert visitor.pictures() == 3
+    assert visitor.page.get_by_role("radio").count() == 3
+    assert visitor.errors == []
+
+
+@pytest.mark.browser
+def test_a_visitor_is_told_in_one_line_what_is_wrong(open_space, browser, tmp_path):
+    visitor = Visitor(browser.new_page(), open_space)
     visitor.set_model("no/such-model")
     visitor.message("neither a folder with a model nor one on the Hub")
     assert visitor.pictures() == 0

@@ -77,6 +77,16 @@ def share_input() -> gr.Slider:
     return share
 
 
+def model_input() -> gr.State | gr.Textbox:
+    """The model that `MODEL_ID` names, which no visitor can change, or without it a field to name one."""
+    given = os.environ.get("MODEL_ID", "").strip()
+    if given:
+        return gr.State(given)  # kept by the server: what a page or a program sends in its place counts for nothing
+    return gr.Textbox(
+        label="Model", placeholder="Hub id or folder", info="a pretrained GreenSwin; press Enter to load it"
+    )
+
+
 def output_picture(caption: str) -> gr.Image:
     return gr.Image(
         label=caption, show_label=False, format="png", buttons=[], interactive=False, elem_classes=["result"]
@@ -95,12 +105,7 @@ def build_interface() -> gr.Blocks:
                     gr.Examples(photos, picture, label="Examples")
                 ratio = share_input()
                 seed = gr.Number(0, label="Seed of the mask")
-                model = gr.Textbox(
-                    os.environ.get("MODEL_ID", ""),
-                    label="Model",
-                    placeholder="Hub id or folder",
-                    info="a pretrained GreenSwin; press Enter to load it",
-                )
+                model = model_input()
             with gr.Column(scale=3, min_width=320):
                 message = gr.Markdown(elem_id="message")
                 pictures = []
@@ -114,8 +119,9 @@ def build_interface() -> gr.Blocks:
                     shifted = gr.Checkbox(label="Shifted windows", info="those of every second block")
                 drawing = gr.HTML(elem_id="drawing", padding=False)
                 gr.Markdown(ABOUT_GROUPS)
+        named = [model.submit] if isinstance(model, gr.Textbox) else []
         gr.on(
-            [page.load, picture.change, ratio.change, seed.change, model.submit, stage.input, shifted.input],
+            [page.load, picture.change, ratio.change, seed.change, *named, stage.input, shifted.input],
             show,
             [picture, model, ratio, seed, stage, shifted],
             [*pictures, stage, drawing, message],

@@ -25,9 +25,8 @@ from green_swin_hf import (
 )
 from green_swin_hf.configuration_green_swin import as_pair
 from green_swin_hf.data import EvaluationTransform
-from green_swin_hf.grouping_figure import grouping_figure
 from green_swin_hf.image_decoding import CorruptImageError, decode_image
-from green_swin_hf.visualization import masked_images, paste_reconstruction, to_display
+from green_swin_hf.visualization import grouping_figure, masked_images, paste_reconstruction, to_display
 
 SMALLEST_SIDE = 16
 _SHOWN_SIDE = 256  # smaller pictures are enlarged pixel by pixel, so that a browser does not blur them
