@@ -127,6 +127,7 @@ def card_values(facts: CardFacts) -> dict[str, Any]:
         "data": record.get("data"),
         "training": record.get("training"),
         "metrics": record.get("metrics", []),
+        "changed_settings": record.get("changed_settings", []),
         "starts": record.get("starts", []),
         "last_start": record["starts"][-1] if record.get("starts") else {},
         "seconds": total_seconds(record),

@@ -122,6 +122,14 @@ def test_a_part_that_is_not_known_is_left_out(result, changes, absent, present):
     assert present in card.text
 
 
+def test_settings_that_were_changed_on_the_way_are_said(result):
+    settings = {"learning_rate": [0.003, 0.001], "mask_unit_size": [None, 16]}
+    changes = [{"after_update": 4000, "settings": settings}]
+    card = card_of(result("pretrained", run_record("pretrained", changed_settings=changes)))
+    assert "after update 4,000: `learning_rate` from 0.003 to 0.001, `mask_unit_size` from None to 16." in card.text
+    assert "All hyper-parameters of the last part" in card.text
+
+
 def test_time_and_energy_of_several_starts_are_added_up(result):
     start = run_record("x")["starts"][0]
     card = card_of(result("pretrained", run_record("pretrained", starts=[start, start])))
