@@ -4,8 +4,8 @@
     accelerate launch examples/pretrain.py --recipe examples/recipes/pretraining/swin_base_window7.yaml --data my/images
     accelerate launch examples/pretrain.py --output-dir outputs/pretrain --resume auto
 
-Every key of a recipe is a flag as well. Exit codes: 0 done, 1 failed while training (too many bad images and a worker that
-died or hangs among it), 2 wrong input, nothing written.
+Every key of a recipe is a flag as well. Exit codes: 0 done, 1 failed while training (too many bad images and a worker
+of the loader that died or hung are such failures), 2 wrong input, nothing written.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from typing import Any, Literal, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device, set_seed
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
 
@@ -216,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with StopSignals() as signals:
             with watch.explained():
-                train(run, watch.loader, progress, arguments.stop_after, signals)
+                train(run, watch, progress, arguments.stop_after, signals)
             progress.close()
 
             # Leave the results
@@ -369,7 +368,7 @@ def build_processor(recipe: PretrainingRecipe, config: GreenSwinConfig) -> ViTIm
 # Training
 
 
-def train(run: Run, loader: DataLoader[Any], progress: tqdm, stop_after: int | None, signals: StopSignals) -> None:
+def train(run: Run, loader: LoaderWatch, progress: tqdm, stop_after: int | None, signals: StopSignals) -> None:
     """Do the updates of this start of the run: to its end, to where it was asked to stop, or until a signal comes."""
     recipe, accelerator, state = run.recipe, run.accelerator, run.state
     if state.update == 0:
@@ -446,7 +445,7 @@ def check_bad_images(run: Run, progress: tqdm, ends_epoch: bool) -> None:
     images = run.counted_updates * run.images_per_update
     _, bad = total_bad_images(run)
     period = (run.state.update - 1) // run.counted_updates + 1
-    when = f"epoch {period}" if run.updates_per_epoch else f"images {(period - 1) * images + 1:,} to {period * images:,}"
+    when = f"epoch {period}" if run.updates_per_epoch else f"part {period} of the stream"
     if ends_epoch:
         run.state.bad_in_epoch = 0
         if bad and run.log:

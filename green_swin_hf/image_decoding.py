@@ -1,7 +1,7 @@
 """Decoding one image file of any common kind to a uint8 tensor, or saying which one is broken and why.
 
-What a file is says its content, not its name. Nothing is read of a file that is no regular one or too large, and nothing
-decoded of an image with too many pixels, so that no file can take the memory of the machine.
+What a file is says its content, not its name. Nothing is read of a file that is no regular one or too large, and
+nothing decoded of an image with too many pixels, so that no file can take the memory of the machine.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def decode_image(
         record: `{"bytes": …, "path": …}`; the path is read where there are no bytes.
         mode: "L" for grey, "RGB" for colour.
         place: what to call an image that is no file of its own, such as "row 17".
-        size: (H, W) of what was annotated on the image. One that has this size as it is stored, but not upright, is left
+        size: (H, W) of what was annotated on the image. One that has this size as it is stored, but not upright, stays
             as it is stored.
 
     Raises:
@@ -124,8 +124,8 @@ def _decode(content: bytes, mode: ColorMode, size: tuple[int, int] | None) -> np
         _check_size(file.width * file.height, MAX_PIXELS, "pixels")
         file.load()
         stored = (file.height, file.width)
-        if size is None or size != stored or _upright_size(file) == size:
-            _turn_upright(file)
+        if size is None or size != stored or upright_size(file) == size:
+            turn_upright(file)
         image: Image.Image = file
         if image.mode[0] in "IF":
             image = _as_eight_bits(image)
@@ -143,7 +143,7 @@ def _known_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
+def upright_size(image: Image.Image) -> tuple[int, int]:
     """(H, W) of an image when it is turned as its EXIF orientation says."""
     with contextlib.suppress(Exception):
         if image.getexif().get(EXIF_ORIENTATION, 1) >= 5:
@@ -151,7 +151,8 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return image.height, image.width
 
 
-def _turn_upright(image: Image.Image) -> None:
+def turn_upright(image: Image.Image) -> None:
+    """Turn an image, in place, as its EXIF orientation says."""
     with contextlib.suppress(Exception):  # damaged EXIF data is no reason to drop a picture
         ImageOps.exif_transpose(image, in_place=True)
 

@@ -8,15 +8,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 from transformers import ViTImageProcessorPil
 from transformers.utils import is_torchvision_available
 
 
 def _as_expected(image: Any, num_channels: int) -> Any:
-    """The image in grey where one channel is expected; arrays and tensors are taken to be as they should."""
-    if num_channels == 1 and isinstance(image, Image.Image) and image.mode != "L":
-        return image.convert("L")
+    """The image in grey where one channel is expected; arrays and tensors have the channels that they should.
+
+    Raises:
+        ValueError: pixels that are NaN or infinite, which would make all outputs NaN.
+    """
+    if isinstance(image, Image.Image):
+        return image.convert("L") if num_channels == 1 and image.mode != "L" else image
+    is_finite = torch.isfinite if isinstance(image, torch.Tensor) else np.isfinite
+    if isinstance(image, np.ndarray | torch.Tensor) and not is_finite(image).all():
+        raise ValueError("an image has pixels that are NaN or infinite; mend it, or fill them: numpy.nan_to_num(image)")
     return image
 
 

@@ -1,26 +1,30 @@
-"""Knowing which sample a loader's worker was on when it died, or while it hangs.
+"""Knowing which sample a loader's worker was on when it died or hung, and ending what hangs.
 
-A worker notes what it is on in memory that it shares with the training process: a few stores for each sample. When the
-loader gives up, because a worker died (at once) or because no batch came for so long (`timeout` of `DataLoader`), the
-notes say where it was.
+A worker notes what it is on in memory that it shares with the training process: a few stores for each sample. A thread
+of the training process looks at the notes and kills a worker that has been on one sample for too long. The `timeout` of
+`DataLoader` is not enough: it does not hold while a batch is being received, for which the worker must answer.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
+import re
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 _PROCESS, _KEY, _SINCE = range(3)
 _BETWEEN = -1  # a key that is none: between two samples
 _JOIN_SECONDS = 5
+_BATCH_FACTOR = 10  # a batch of slow images may take longer than one image
 
 
 class LoaderError(RuntimeError):
@@ -45,23 +49,26 @@ class _WorkerNotes:
         self._memory = state["_memory"]
         self._open()
 
+    def begin(self, worker_id: int) -> None:
+        """Called in a worker before all else: note its process."""
+        self._row = self._rows[worker_id]
+        self.leave()
+        self._row[_PROCESS] = os.getpid()
+
     def take(self, key: int) -> None:
         """Note that this worker begins with a sample."""
-        if self._row is None:
-            worker = get_worker_info()
-            self._row = self._rows[worker.id if worker else 0]
-            self._row[_PROCESS] = os.getpid()
-        self._row[_KEY] = _BETWEEN  # never a new key with an old time
+        assert self._row is not None
         self._row[_SINCE] = time.monotonic_ns()
         self._row[_KEY] = key
 
     def leave(self) -> None:
         """Note that this worker has given its sample."""
-        if self._row is not None:
-            self._row[_KEY] = _BETWEEN
+        assert self._row is not None
+        self._row[_KEY] = _BETWEEN
 
-    def rows(self) -> list[list[int]]:
-        return self._rows.tolist()
+    def rows(self) -> list[tuple[int, int, int]]:
+        """Of each worker: process (0: it has not begun), key in hand or -1, clock when it took it."""
+        return [tuple(row) for row in self._rows.tolist()]
 
 
 class _NotedImages(Dataset[Any]):
@@ -96,12 +103,13 @@ class _NotedStream(IterableDataset[Any]):
 
 
 class LoaderWatch:
-    """A loader whose workers are watched, and the words for what befell them.
+    """A loader whose workers are watched.
 
     Args:
         images: a map-style data set with `describe(key)`, or a stream.
         num_workers: of the loader; without any there is nobody to watch.
-        timeout: seconds without a batch after which a worker counts as hung; 0 waits for ever.
+        timeout: seconds on one sample after which a worker counts as hung (seen within a second more). Ten times as
+            long without a batch ends the loader, too, for what hangs outside of samples. 0: no limit.
         options: of `DataLoader`.
 
     Attributes:
@@ -112,60 +120,98 @@ class LoaderWatch:
         self.images = images
         self.timeout = timeout if num_workers else 0
         self._notes = _WorkerNotes(num_workers)
-        noted = _NotedStream if isinstance(images, IterableDataset) else _NotedImages
-        watched: Any = noted(images, self._notes) if num_workers else images
-        self.loader: DataLoader[Any] = DataLoader(watched, num_workers=num_workers, timeout=self.timeout, **options)
+        self._hung: tuple[int, int, int] | None = None
+        self._is_over = threading.Event()
+        if num_workers:
+            noted = _NotedStream if isinstance(images, IterableDataset) else _NotedImages
+            images = noted(images, self._notes)
+            options["worker_init_fn"] = self._notes.begin
+        self.loader: DataLoader[Any] = DataLoader(
+            images, num_workers=num_workers, timeout=_BATCH_FACTOR * self.timeout, **options
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        """One pass of the loader, to be made within `explained`."""
+        batches = iter(self.loader)  # starts the workers, before the thread
+        if self.timeout:
+            threading.Thread(target=self._look, daemon=True).start()
+        return batches
+
+    def _look(self) -> None:
+        """Kill a worker that has been on one sample for too long, which ends the loader."""
+        while not self._is_over.wait(min(1, self.timeout / 4)):
+            since = time.monotonic_ns() - self.timeout * 1e9
+            hung = next((row for row in self._notes.rows() if row[_KEY] != _BETWEEN and row[_SINCE] < since), None)
+            if hung:
+                self._hung = hung
+                _kill({hung[_PROCESS]})
+                return
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Within it the end of a worker is a `LoaderError` that names its sample; what hangs is ended.
+        """Within it the end of a worker is a `LoaderError` that names its sample, and no worker is left behind.
 
-        It can come at any moment, not only while a batch is waited for.
+        It can come at any moment, not only while a batch is waited for, and wrapped in other errors.
         """
         try:
             yield
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader "):  # how torch begins all that it says of its workers
+        except Exception as error:
+            reason = self._explain(error)
+            self._end()
+            if reason is None:
                 raise
-            message = self._explain(error)
-            self._end_workers()
-            raise LoaderError(message) from error
+            raise LoaderError(reason) from error
+        finally:
+            self._is_over.set()
 
-    def _explain(self, error: RuntimeError) -> str:
+    def _explain(self, error: Exception) -> str | None:
+        """What befell a worker, in words; None where all are well."""
+        if self._hung:
+            return f"a loader worker hung and was ended: {self._describe(self._hung)} (worker_timeout {self.timeout:g})"
         running = {child.pid for child in multiprocessing.active_children()}
-        in_hand = [row for row in self._notes.rows() if row[_PROCESS] and row[_KEY] != _BETWEEN]
-        dead = [row for row in in_hand if row[_PROCESS] not in running]
-        if "timed out" in str(error):
-            longest = sorted((row for row in in_hand if row not in dead), key=lambda row: row[_SINCE])[:1]
-            where = self._describe(longest) or "no worker has a sample in hand"
-            return f"a loader worker hangs: no batch came for {self.timeout:g} seconds (worker_timeout); {where}"
-        where = self._describe(dead) or "between two samples"
-        return f"a loader worker died: {_first_sentence(error)}; it was on: {where}"
+        dead = [row for row in self._notes.rows() if row[_PROCESS] and row[_PROCESS] not in running]
+        if dead:
+            on = [row for row in dead if row[_KEY] != _BETWEEN]
+            where = "; ".join(map(self._describe, on)) or "between two samples"
+            return f"a loader worker died{_how(error)}: {where}"
+        if str(error).startswith("DataLoader timed out"):
+            seconds = _BATCH_FACTOR * self.timeout
+            return (
+                f"no batch came for {seconds:g} seconds ({_BATCH_FACTOR} x worker_timeout), yet no image takes so long"
+            )
+        return f"a loader worker died{how}" if (how := _how(error)) else None  # of another loader
 
-    def _describe(self, rows: list[list[int]]) -> str:
-        return "; ".join(
-            f"process {process} on {self._name(key)}, for {(time.monotonic_ns() - since) / 1e9:.0f} seconds"
-            for process, key, since in rows
-        )
-
-    def _name(self, key: int) -> str:
+    def _describe(self, row: tuple[int, int, int]) -> str:
+        process, key, since = row
+        seconds = (time.monotonic_ns() - since) / 1e9
         if isinstance(self.images, IterableDataset):
-            return f"the image after {key} of its share of the stream"
-        return f"{self.images.describe(key)} (key {key})"
+            place = f"the image after the first {key} of its share of the stream"
+        else:
+            place = f"{self.images.describe(key)} (key {key})"
+        return f"process {process} was on {place}, taken {seconds:.0f} seconds before"
 
-    def _end_workers(self) -> None:
-        """Kill what still has a sample in hand: a process that waits for a file may not hear a gentler signal."""
-        stuck = {row[_PROCESS] for row in self._notes.rows() if row[_KEY] != _BETWEEN}
-        for child in multiprocessing.active_children():
-            if child.pid in stuck:
-                with contextlib.suppress(RuntimeError):  # torch's handler tells of this end, too
-                    child.kill()
+    def _end(self) -> None:
+        """Kill all workers: some may hang, some may note the signals that end others (`StopSignals`)."""
+        self._is_over.set()
+        _kill({row[_PROCESS] for row in self._notes.rows() if row[_PROCESS]})
+
+
+def _kill(processes: set[int]) -> None:
+    """End those of our children that have these ids; torch's handler, which tells of it by an error, is not heard."""
+    for child in multiprocessing.active_children():
+        if child.pid in processes:
+            for step in (child.kill, functools.partial(child.join, _JOIN_SECONDS)):
                 with contextlib.suppress(RuntimeError):
-                    child.join(_JOIN_SECONDS)
+                    step()
 
 
-def _first_sentence(error: RuntimeError) -> str:
-    return " ".join(str(error).split()).split(". ")[0].rstrip(".")
+def _how(error: BaseException | None) -> str:
+    """What torch says of the end of a worker (", killed by signal: Killed"), wherever among the causes it is."""
+    while error is not None:
+        if found := re.search(r"DataLoader worker \(pid\S* [^)]*\) (?:is |exited )([^.]*)", str(error)):
+            return f" ({found[1].strip()})"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 __all__ = ["LoaderError", "LoaderWatch"]

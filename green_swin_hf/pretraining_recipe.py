@@ -55,7 +55,7 @@ class PretrainingRecipe(RecipeFile):
     image_column: str | None = option(None, "column with the images; found by itself where there is only one")
     streaming: bool = option(False, "read the data set while training instead of loading it first")
     workers: int = option(0, "processes that prepare batches, for each training process; 0: none of their own")
-    worker_timeout: float = option(300.0, "seconds without a batch after which such a process counts as hung, 0: never")
+    worker_timeout: float = option(300.0, "seconds on one image after which such a process counts as hung; 0: never")
     max_bad_share: float = option(0.01, "stop when more of an epoch's images cannot be decoded: a share, 1 for never")
     threads: int | None = option(None, "threads of each process on the CPU; an equal share of all cores by default")
     # Images

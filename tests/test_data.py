@@ -849,7 +849,9 @@ class TestStreaming:
         (folder / "005.png").write_bytes(b"")
         samples = read_stream(stream_of(folder, shuffle_buffer=0, num_epochs=1))
         assert len(samples) == 39
-        assert [sample["skipped"] for sample in samples if sample["skipped"]] == [((str(folder / "005.png"), "is empty"),)]
+        found = [sample["skipped"] for sample in samples if sample["skipped"]]
+        assert found == [((str(folder / "005.png"), "is empty"),)]
+        assert sum(sample["num_bad"] for sample in samples) == 1
 
     def test_a_broken_stream_is_an_error(self, tmp_path):
         for number in range(101):
