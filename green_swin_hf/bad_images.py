@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterable
@@ -28,24 +29,23 @@ class BadImageList:
         """List those (name, reason) that are not listed yet; returns them."""
         unknown = {name: reason for name, reason in images if name not in self._names}
         if unknown:
-            self._names |= self._listed()  # by another process, or before the run was resumed
+            text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+            self._names |= _listed(text)  # by another process, or before the run was resumed
         new = {name: reason for name, reason in unknown.items() if name not in self._names}
         if new:
+            lines = [json.dumps({"image": name, "reason": reason}) + "\n" for name, reason in new.items()]
             with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"image": name, "reason": new[name]}) + "\n" for name in new)
+                file.write("".join(lines) if not text or text.endswith("\n") else "\n" + "".join(lines))
         self._names |= new.keys()
         return list(new.items())
 
-    def _listed(self) -> set[str]:
-        if not self.path.is_file():
-            return set()
-        names = set()
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                names.add(json.loads(line)["image"])
-            except (ValueError, KeyError, TypeError):  # the last line of a run that was killed
-                continue
-        return names
+
+def _listed(text: str) -> set[str]:
+    names = set()
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line of a run that was killed
+            names.add(json.loads(line)["image"])
+    return names
 
 
 def check_bad_share(bad: int, images: int, max_share: float, when: str, folder: Path) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import multiprocessing
 import os
-import re
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 _PROCESS, _KEY, _SINCE = range(3)
 _BETWEEN = -1  # a key that is none: between two samples
 _JOIN_SECONDS = 5
+_CLOSING_SECONDS = 0.5
 _BATCH_FACTOR = 10  # a batch of slow images may take longer than one image
 
 
@@ -120,6 +121,7 @@ class LoaderWatch:
         self.images = images
         self.timeout = timeout if num_workers else 0
         self._notes = _WorkerNotes(num_workers)
+        self._workers: dict[int, Any] = {}
         self._hung: tuple[int, int, int] | None = None
         self._is_over = threading.Event()
         if num_workers:
@@ -132,7 +134,10 @@ class LoaderWatch:
 
     def __iter__(self) -> Iterator[Any]:
         """One pass of the loader, to be made within `explained`."""
+        others = {child.pid for child in multiprocessing.active_children()}
         batches = iter(self.loader)  # starts the workers, before the thread
+        started = [child for child in multiprocessing.active_children() if child.pid not in others]
+        self._workers = {child.pid: child for child in started if child.pid}
         if self.timeout:
             threading.Thread(target=self._look, daemon=True).start()
         return batches
@@ -144,20 +149,21 @@ class LoaderWatch:
             hung = next((row for row in self._notes.rows() if row[_KEY] != _BETWEEN and row[_SINCE] < since), None)
             if hung:
                 self._hung = hung
-                _kill({hung[_PROCESS]})
+                self._workers[hung[_PROCESS]].kill()  # not joined: torch's handler in the main thread looks for its end
                 return
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Within it the end of a worker is a `LoaderError` that names its sample, and no worker is left behind.
+        """Within it the end of a worker is a `LoaderError` that names its sample; after an error no worker is left.
 
         It can come at any moment, not only while a batch is waited for, and wrapped in other errors.
         """
         try:
             yield
         except Exception as error:
+            self._is_over.set()
             reason = self._explain(error)
-            self._end()
+            self._end_workers()
             if reason is None:
                 raise
             raise LoaderError(reason) from error
@@ -168,18 +174,21 @@ class LoaderWatch:
         """What befell a worker, in words; None where all are well."""
         if self._hung:
             return f"a loader worker hung and was ended: {self._describe(self._hung)} (worker_timeout {self.timeout:g})"
-        running = {child.pid for child in multiprocessing.active_children()}
-        dead = [row for row in self._notes.rows() if row[_PROCESS] and row[_PROCESS] not in running]
+        dead = self._dead_workers()
+        if not dead and isinstance(error, OSError | EOFError):  # its connections close a moment before it is gone
+            time.sleep(_CLOSING_SECONDS)
+            dead = self._dead_workers()
         if dead:
-            on = [row for row in dead if row[_KEY] != _BETWEEN]
-            where = "; ".join(map(self._describe, on)) or "between two samples"
-            return f"a loader worker died{_how(error)}: {where}"
+            ends = ", ".join(sorted({_how(self._workers[pid].exitcode) for pid in dead}))
+            on = [row for row in self._notes.rows() if row[_PROCESS] in dead and row[_KEY] != _BETWEEN]
+            return f"a loader worker died ({ends}): {'; '.join(map(self._describe, on)) or 'between two images'}"
         if str(error).startswith("DataLoader timed out"):
             seconds = _BATCH_FACTOR * self.timeout
-            return (
-                f"no batch came for {seconds:g} seconds ({_BATCH_FACTOR} x worker_timeout), yet no image takes so long"
-            )
-        return f"a loader worker died{how}" if (how := _how(error)) else None  # of another loader
+            return f"no batch came for {seconds:g} seconds ({_BATCH_FACTOR} x worker_timeout); no image took long"
+        return " ".join(str(error).split()) if str(error).startswith("DataLoader worker") else None  # of another loader
+
+    def _dead_workers(self) -> list[int]:
+        return [pid for pid, worker in self._workers.items() if not worker.is_alive()]
 
     def _describe(self, row: tuple[int, int, int]) -> str:
         process, key, since = row
@@ -190,28 +199,19 @@ class LoaderWatch:
             place = f"{self.images.describe(key)} (key {key})"
         return f"process {process} was on {place}, taken {seconds:.0f} seconds before"
 
-    def _end(self) -> None:
-        """Kill all workers: some may hang, some may note the signals that end others (`StopSignals`)."""
-        self._is_over.set()
-        _kill({row[_PROCESS] for row in self._notes.rows() if row[_PROCESS]})
-
-
-def _kill(processes: set[int]) -> None:
-    """End those of our children that have these ids; torch's handler, which tells of it by an error, is not heard."""
-    for child in multiprocessing.active_children():
-        if child.pid in processes:
-            for step in (child.kill, functools.partial(child.join, _JOIN_SECONDS)):
-                with contextlib.suppress(RuntimeError):
+    def _end_workers(self) -> None:
+        """Kill all: some may hang, some only note the signals that end others (`StopSignals`)."""
+        for worker in self._workers.values():
+            for step in (worker.kill, functools.partial(worker.join, _JOIN_SECONDS)):
+                with contextlib.suppress(RuntimeError):  # torch's handler tells of this end, too
                     step()
 
 
-def _how(error: BaseException | None) -> str:
-    """What torch says of the end of a worker (", killed by signal: Killed"), wherever among the causes it is."""
-    while error is not None:
-        if found := re.search(r"DataLoader worker \(pid\S* [^)]*\) (?:is |exited )([^.]*)", str(error)):
-            return f" ({found[1].strip()})"
-        error = error.__cause__ or error.__context__
-    return ""
+def _how(exit_code: int | None) -> str:
+    if exit_code is None or exit_code >= 0:
+        return f"exit code {exit_code}"
+    name = signal.Signals(-exit_code).name
+    return f"{name}: perhaps memory ran out" if name == "SIGKILL" else name
 
 
 __all__ = ["LoaderError", "LoaderWatch"]

@@ -135,6 +135,7 @@ def test_each_bad_image_is_listed_once_also_by_a_resumed_run(tmp_path):
     images.path.write_text(images.path.read_text() + '{"image": "torn')
     other = BadImageList(tmp_path)
     assert other.add([("b\n.png", "is cut"), ("c.png", "is empty")]) == [("c.png", "is empty")]
+    assert BadImageList(tmp_path).add([("c.png", "is empty")]) == []
 
 
 def test_the_share_is_of_the_whole_epoch(tmp_path):

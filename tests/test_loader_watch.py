@@ -65,9 +65,9 @@ def read_all(watch):
             lambda: time.sleep(600), r"worker hung and was ended: .*\(worker_timeout 1\)", id="waits-for-ever"
         ),
         pytest.param(signalled("SIGSTOP"), r"worker hung and was ended: .*\(worker_timeout 1\)", id="frozen"),
-        pytest.param(signalled("SIGKILL"), r"worker died \(killed by signal: Killed\)", id="killed"),
-        pytest.param(signalled("SIGSEGV"), r"worker died \(killed by signal: Segmentation fault\)", id="crashed"),
-        pytest.param(lambda: os._exit(3), r"worker died \(unexpectedly with exit code 3\)", id="exited"),
+        pytest.param(signalled("SIGKILL"), r"worker died \(SIGKILL: perhaps memory ran out\)", id="killed"),
+        pytest.param(signalled("SIGSEGV"), r"worker died \(SIGSEGV\)", id="crashed"),
+        pytest.param(lambda: os._exit(3), r"worker died \(exit code 3\)", id="exited"),
     ],
 )
 def test_the_end_of_a_worker_is_told_with_its_sample(trouble, said):
