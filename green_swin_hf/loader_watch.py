@@ -8,7 +8,6 @@ of the training process looks at the notes and kills a worker that has been on o
 from __future__ import annotations
 
 import contextlib
-import functools
 import multiprocessing
 import os
 import signal
@@ -20,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from .stop_signals import SIGNALS
 
 _PROCESS, _KEY, _SINCE = range(3)
 _BETWEEN = -1  # a key that is none: between two samples
@@ -36,7 +37,7 @@ class _WorkerNotes:
     """Process id, key in hand and when it was taken, of every worker of a loader, in shared memory."""
 
     def __init__(self, num_workers: int):
-        self._memory = torch.zeros(max(1, num_workers), 3, dtype=torch.int64).share_memory_()
+        self._memory = torch.tensor([[0, _BETWEEN, 0]] * max(1, num_workers)).share_memory_()
         self._open()
 
     def _open(self) -> None:
@@ -51,7 +52,13 @@ class _WorkerNotes:
         self._open()
 
     def begin(self, worker_id: int) -> None:
-        """Called in a worker before all else: note its process."""
+        """Called in a worker before all else: note its process, and leave signals to the training process.
+
+        A queue signals every process of a job, and the training process still needs this one's batches. It also ends
+        it, and a worker whose training process is gone ends by itself.
+        """
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         self._row = self._rows[worker_id]
         self.leave()
         self._row[_PROCESS] = os.getpid()
@@ -154,7 +161,7 @@ class LoaderWatch:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Within it the end of a worker is a `LoaderError` that names its sample; after an error no worker is left.
+        """Within it the end of a worker is a `LoaderError` that names its sample; after it no worker is left.
 
         It can come at any moment, not only while a batch is waited for, and wrapped in other errors.
         """
@@ -162,13 +169,15 @@ class LoaderWatch:
             yield
         except Exception as error:
             self._is_over.set()
-            reason = self._explain(error)
-            self._end_workers()
+            with _deaf_to_children():
+                reason = self._explain(error)
             if reason is None:
                 raise
             raise LoaderError(reason) from error
         finally:
             self._is_over.set()
+            with _deaf_to_children():
+                self._end_workers()
 
     def _explain(self, error: Exception) -> str | None:
         """What befell a worker, in words; None where all are well."""
@@ -200,11 +209,23 @@ class LoaderWatch:
         return f"process {process} was on {place}, taken {seconds:.0f} seconds before"
 
     def _end_workers(self) -> None:
-        """Kill all: some may hang, some only note the signals that end others (`StopSignals`)."""
+        """Kill those that are still there: what hangs hears nothing else, and the training process would wait for it."""
         for worker in self._workers.values():
-            for step in (worker.kill, functools.partial(worker.join, _JOIN_SECONDS)):
-                with contextlib.suppress(RuntimeError):  # torch's handler tells of this end, too
-                    step()
+            worker.kill()
+            worker.join(_JOIN_SECONDS)
+
+
+@contextlib.contextmanager
+def _deaf_to_children() -> Iterator[None]:
+    """Within it torch's handler does not raise at the end of a worker."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def _how(exit_code: int | None) -> str:

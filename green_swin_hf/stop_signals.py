@@ -12,14 +12,14 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 
 # SIGUSR1 is what Slurm sends ahead of its limit (`sbatch --signal=USR1@120`); Windows has none.
-_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 class StopSignals:
     """Within it SIGTERM, SIGUSR1 and the first Ctrl-C (SIGINT) are only noted; the second Ctrl-C interrupts.
 
-    Worker processes that are started within it inherit that: a queue signals every process of a job, and the main one
-    still needs their batches.
+    A queue signals every process of a job: loader workers are told to pay no heed (`LoaderWatch`), as the main one still
+    needs their batches.
 
     Attributes:
         received: name of the signal that came; None while there was none.
@@ -31,7 +31,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # only there may a handler be set
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(
@@ -55,4 +55,4 @@ class StopSignals:
         return self.received is not None
 
 
-__all__ = ["StopSignals"]
+__all__ = ["SIGNALS", "StopSignals"]

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from green_swin_hf.loader_watch import LoaderError, LoaderWatch, _WorkerNotes
+from green_swin_hf.stop_signals import SIGNALS
 
 TIMEOUT = 1.0
 
@@ -111,6 +112,16 @@ def test_an_end_that_shows_in_another_error_is_told():
         read_in_vain(watch)
 
 
+def test_workers_leave_the_signals_of_a_queue_to_the_training_process():
+    watch, seen = LoaderWatch(Numbers(), num_workers=1, timeout=TIMEOUT, batch_size=1), []
+    with watch.explained():
+        for batch in watch:
+            seen += batch.tolist()
+            for number in SIGNALS:
+                os.kill(multiprocessing.active_children()[0].pid, number)
+    assert seen == list(range(40))
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_samples_and_other_errors_come_as_they_are(num_workers):
     watch = functools.partial(LoaderWatch, num_workers=num_workers, timeout=TIMEOUT, batch_size=4)
@@ -125,7 +136,10 @@ def test_samples_and_other_errors_come_as_they_are(num_workers):
 def test_notes_are_shared_with_workers_that_are_not_forked():
     notes = _WorkerNotes(2)
     other = ForkingPickler.loads(ForkingPickler.dumps(notes))
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     other.begin(1)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     other.take(5)
     (process, key, _), idle = notes.rows()[1], notes.rows()[0]
     assert (process, key) == (os.getpid(), 5)
