@@ -209,7 +209,7 @@ class LoaderWatch:
         return f"process {process} was on {place}, taken {seconds:.0f} seconds before"
 
     def _end_workers(self) -> None:
-        """Kill those that are still there: what hangs hears nothing else, and the training process would wait for it."""
+        """Kill those that are still there: what hangs hears nothing else, and this process would wait for it."""
         for worker in self._workers.values():
             worker.kill()
             worker.join(_JOIN_SECONDS)

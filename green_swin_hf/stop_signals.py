@@ -18,8 +18,8 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if
 class StopSignals:
     """Within it SIGTERM, SIGUSR1 and the first Ctrl-C (SIGINT) are only noted; the second Ctrl-C interrupts.
 
-    A queue signals every process of a job: loader workers are told to pay no heed (`LoaderWatch`), as the main one still
-    needs their batches.
+    A queue signals every process of a job. Loader workers pay no heed (see `LoaderWatch`): the main one still needs
+    their batches.
 
     Attributes:
         received: name of the signal that came; None while there was none.
