@@ -181,7 +181,8 @@ class LoaderWatch:
 
     def _explain(self, error: Exception) -> str | None:
         """What befell a worker, in words; None where all are well."""
-        if self._hung:
+        is_ours = self._hung and self._workers[self._hung[_PROCESS]].exitcode in (None, -signal.SIGKILL)
+        if self._hung and is_ours:  # and it was not crashing meanwhile
             return f"a loader worker hung and was ended: {self._describe(self._hung)} (worker_timeout {self.timeout:g})"
         dead = self._dead_workers()
         if not dead and isinstance(error, OSError | EOFError):  # its connections close a moment before it is gone
