@@ -80,9 +80,8 @@ def test_a_worker_that_hangs_is_ended_and_named_with_its_sample(trouble):
 )
 def test_a_worker_that_dies_is_named_with_its_sample(trouble, said):
     watch = LoaderWatch(Numbers(trouble), num_workers=2, timeout=TIMEOUT, batch_size=4)
-    with pytest.raises(
-        LoaderError, match=rf"worker died \({said}\): process \d+ was on picture 13.png \(key 13\), taken"
-    ):
+    where = r"process \d+ was on picture 13.png \(key 13\), taken"
+    with pytest.raises(LoaderError, match=rf"worker died \({said}\): {where}"):
         read_all(watch)
     assert multiprocessing.active_children() == []
 
