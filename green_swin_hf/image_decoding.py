@@ -87,7 +87,7 @@ def decode_image(
     if content is None and not path:
         raise CorruptImageError(name, "holds no image")
     try:
-        content = _read_bytes(path) if content is None else content
+        content = _read_bytes(str(path)) if content is None else content
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of oddities that do not hurt
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -163,6 +163,7 @@ def _as_eight_bits(image: Image.Image) -> Image.Image:
     if not np.isfinite(values).all():
         raise ValueError("has pixels that are NaN or infinite")
     largest = float(values.max())
+    ranges: tuple[int, ...]
     if image.mode == "F":
         ranges, largest = (1, 255, 65535), largest / _FLOAT_OVERSHOOT
     else:
