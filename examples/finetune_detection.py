@@ -348,10 +348,10 @@ def train_epoch(run: Run, batches: Iterator[dict[str, Any]], progress: tqdm, sig
         sums = {name: sums.get(name, 0) + value for name, value in losses.items()}
         count += 1
         if number == run.updates_per_epoch or state.update % recipe.log_every == 0:
-            check_bad_images(run, number == run.updates_per_epoch)
             images = count * recipe.batch_size * recipe.gradient_accumulation_steps * accelerator.num_processes
             speed = images / (time.monotonic() - since)
             log_update(run, progress, {name: value / count for name, value in sums.items()}, learning_rate, speed)
+            check_bad_images(run, number == run.updates_per_epoch)
             since, sums, count = time.monotonic(), {}, 0
         progress.update()
     return True

@@ -391,8 +391,7 @@ def train(run: Run, loader: LoaderWatch, progress: tqdm, stop_after: int | None,
         report_skips(run, progress, finite, bad_images)
 
         ends_epoch = state.update % run.counted_updates == 0
-        if ends_epoch or due(run, recipe.log_every):
-            check_bad_images(run, progress, ends_epoch)
+        too_many = check_bad_images(run, progress, ends_epoch) if ends_epoch or due(run, recipe.log_every) else None
         if due(run, recipe.log_every) or not finite:
             speed = images_since / (time.monotonic() - since)
             log_update(run, progress, loss, learning_rate, grad_norm, speed)
@@ -406,6 +405,10 @@ def train(run: Run, loader: LoaderWatch, progress: tqdm, stop_after: int | None,
             save(run)
         since += time.monotonic() - aside
         progress.update()
+        if too_many:
+            if run.saved_update != state.update:
+                save(run)
+            raise too_many
 
 
 def forward_backward(run: Run, batches: Iterator[dict[str, Any]]) -> tuple[torch.Tensor, list[dict[str, Any]]]:
@@ -440,8 +443,8 @@ def report_skips(run: Run, progress: tqdm, finite: bool, bad_images: list[dict[s
         progress.write(f"Skipped update {run.state.update}: its gradients are not finite", file=sys.stderr)
 
 
-def check_bad_images(run: Run, progress: tqdm, ends_epoch: bool) -> None:
-    """Stop, with a checkpoint, when too many images of the epoch are bad; log their number at its end."""
+def check_bad_images(run: Run, progress: tqdm, ends_epoch: bool) -> TooManyBadImagesError | None:
+    """The error to stop with where too many images of the epoch are bad; logs their number at its end."""
     images = run.counted_updates * run.images_per_update
     _, bad = total_bad_images(run)
     period = (run.state.update - 1) // run.counted_updates + 1
@@ -453,9 +456,9 @@ def check_bad_images(run: Run, progress: tqdm, ends_epoch: bool) -> None:
             run.log.write({"step": run.state.update, "epoch": run.epoch, "bad_images": bad, "of_images": images})
     try:
         check_bad_share(bad, images, run.recipe.max_bad_share, when, run.output)
-    except TooManyBadImagesError:
-        save(run)
-        raise
+    except TooManyBadImagesError as error:
+        return error
+    return None
 
 
 def log_update(

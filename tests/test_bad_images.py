@@ -203,6 +203,7 @@ def test_too_many_bad_images_stop_the_run_with_a_checkpoint(mixed_folder, whole,
     assert run_pretrain("--output-dir", output, "--resume", "auto") == 1  # it is still so
     assert run_pretrain("--output-dir", output, "--resume", "auto", "--max-bad-share", 0.2) == 0
     assert_same(weights(whole), weights(output))
+    assert training_losses(whole) == training_losses(output)
 
 
 def test_wrong_limits_are_refused(mixed_folder, tmp_path, capsys):
