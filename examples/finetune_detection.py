@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
 
+from green_swin_hf.bad_images import BadImageList, TooManyBadImagesError, check_bad_share
 from green_swin_hf.checkpointing import (
     listed_files,
     prepare_checkpoints,
@@ -49,6 +50,8 @@ from green_swin_hf.detection_recipe import DetectionRecipe
 from green_swin_hf.drawn_shapes import SHAPE_NAMES, load_photographs, write_coco_shapes
 from green_swin_hf.energy import add_energy_flag, check_energy
 from green_swin_hf.hub_upload import add_hub_flags, open_hub
+from green_swin_hf.image_decoding import BrokenDataError
+from green_swin_hf.loader_watch import LoaderError, LoaderWatch
 from green_swin_hf.optimization import build_optimizer, step_schedule
 from green_swin_hf.pretrained_start import load_backbone
 from green_swin_hf.publish import publish_results
@@ -97,7 +100,10 @@ class Run:
     validation: CocoImages
     log: TrainingLog | None = None  # of the main process only
     found: list[Detections] = field(default_factory=list)  # on the validation images, when last measured
-    named_images: set[str] = field(default_factory=set)
+    bad_images: BadImageList = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bad_images = BadImageList(self.output)
 
     @property
     def total_updates(self) -> int:
@@ -166,14 +172,15 @@ def main(argv: list[str] | None = None) -> int:
     set_seed(recipe.seed + 1 + accelerator.process_index)  # sizes and sampled regions differ between processes
     if checkpoint:
         restore(run, checkpoint)
-    batches = iter(build_loader(run, train))
+    watch = build_loader(run, train)
     print_heading(run, train, arguments.init_from, checkpoint)
     progress = progress_bar(run.total_updates, state.update, shown=accelerator.is_main_process)
 
     # Train
     try:
         with StopSignals() as signals:
-            train_epochs(run, batches, progress, arguments.stop_after, signals)
+            with watch.explained():
+                train_epochs(run, iter(watch), progress, arguments.stop_after, signals)
             progress.close()
 
             # Leave the results
@@ -184,10 +191,13 @@ def main(argv: list[str] | None = None) -> int:
                 measure(run)
             written = save_results(run)
             record.stop(**recorded_facts(run, len(train)))
-    except (DivergenceError, ValueError, OSError) as error:  # ValueError: a bad image; OSError: the disk is full
+    except (DivergenceError, LoaderError, TooManyBadImagesError, ValueError, OSError) as error:
+        # ValueError: an image that was not annotated so; OSError: the disk is full
         progress.close()
         record.stop()
-        return fail(accelerator, f"stopped: {last_line(error)}; whole checkpoints are in {output / 'checkpoints'}")
+        is_own = isinstance(error, LoaderError | BrokenDataError)  # of this process alone
+        message = f"stopped: {last_line(error)}; whole checkpoints are in {output / 'checkpoints'}"
+        return fail(accelerator, message, by_all=is_own)
     print_results(run, written, time.monotonic() - started)
     uploaded = (
         not hub_id
@@ -275,8 +285,8 @@ def read_data(recipe: DetectionRecipe, train: Path, validation: Path) -> tuple[C
     return images, CocoImages(validation_data, mode=mode)
 
 
-def build_loader(run: Run, images: CocoImages) -> DataLoader[Any]:
-    """Batches of this process from the next update to the end of the run."""
+def build_loader(run: Run, images: CocoImages) -> LoaderWatch:
+    """Batches of this process from the next update to the end of the run; watched."""
     recipe, accelerator = run.recipe, run.accelerator
     batches = UpdateBatches(
         EpochSampler(cast(Any, images), seed=recipe.seed),
@@ -288,9 +298,10 @@ def build_loader(run: Run, images: CocoImages) -> DataLoader[Any]:
         total_updates=run.total_updates,
     )
     generator = torch.Generator()  # the loader draws from it instead of from the run's random state
-    return DataLoader(
-        images, batch_sampler=batches, num_workers=recipe.workers, collate_fn=collate_detection, generator=generator
-    )
+    return LoaderWatch(
+        images, num_workers=recipe.workers, timeout=recipe.worker_timeout, batch_sampler=batches,
+        collate_fn=collate_detection, generator=generator,
+    )  # fmt: skip
 
 
 # Training
@@ -323,7 +334,7 @@ def train_epoch(run: Run, batches: Iterator[dict[str, Any]], progress: tqdm, sig
     for number in range(done + 1, run.updates_per_epoch + 1):
         if signals.agreed(accelerator.state):
             return False
-        losses, skipped_names = forward_backward(run, batches)
+        losses, bad_images = forward_backward(run, batches)
         grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), recipe.max_grad_norm or math.inf)
         # All processes hold the same averaged gradients here, so they decide alike.
         finite = is_finite(grad_norm)
@@ -333,43 +344,67 @@ def train_epoch(run: Run, batches: Iterator[dict[str, Any]], progress: tqdm, sig
         learning_rate = run.optimizer.param_groups[0]["lr"]
         run.scheduler.step()
         state.record_update(finite, recipe.stop_after_skipped)
-        report_skips(run, progress, finite, skipped_names)
+        report_skips(run, progress, finite, bad_images)
         sums = {name: sums.get(name, 0) + value for name, value in losses.items()}
         count += 1
         if number == run.updates_per_epoch or state.update % recipe.log_every == 0:
             images = count * recipe.batch_size * recipe.gradient_accumulation_steps * accelerator.num_processes
             speed = images / (time.monotonic() - since)
             log_update(run, progress, {name: value / count for name, value in sums.items()}, learning_rate, speed)
+            check_bad_images(run, number == run.updates_per_epoch)
             since, sums, count = time.monotonic(), {}, 0
         progress.update()
     return True
 
 
-def forward_backward(run: Run, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Tensor], list[str]]:
-    """Gradients of one update; returns its mean losses on this process, and the names of unreadable images."""
+def forward_backward(run: Run, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Gradients of one update; returns its mean losses on this process, and what of its batches cannot be decoded."""
     accelerator, passes = run.accelerator, run.recipe.gradient_accumulation_steps
     means: dict[str, Any] = {}
-    skipped_names: list[str] = []
+    bad_images: list[dict[str, Any]] = []
     for index in range(passes):
         batch = next(batches)
-        skipped_names += batch["skipped"]
+        bad_images.append({name: batch[name] for name in ("skipped", "num_bad")})
         images, targets = send_to_device((batch["images"], batch["targets"]), accelerator.device)
         with contextlib.nullcontext() if index == passes - 1 else accelerator.no_sync(run.model):
             losses = run.model(images, targets)
             loss = total_loss(losses) / passes
             accelerator.backward(loss)
         means = {name: means.get(name, 0) + value.detach() / passes for name, value in losses.items()}
-    return means, skipped_names
+    return means, bad_images
 
 
-def report_skips(run: Run, progress: tqdm, finite: bool, skipped_names: list[str]) -> None:
-    run.state.skipped_images += len(skipped_names)
-    for name in dict.fromkeys(skipped_names):
-        if name not in run.named_images:
-            run.named_images.add(name)
-            progress.write(f"Skipped image {name}: it cannot be decoded", file=sys.stderr)
+def report_skips(run: Run, progress: tqdm, finite: bool, bad_images: list[dict[str, Any]]) -> None:
+    """Count the bad images of an update, and name those that were not named before."""
+    num_bad = sum(batch["num_bad"] for batch in bad_images)
+    run.state.skipped_images += num_bad
+    run.state.bad_in_epoch += num_bad
+    for name, reason in run.bad_images.add(image for batch in bad_images for image in batch["skipped"]):
+        progress.write(f"Bad image {name}: {reason}; another one takes its place", file=sys.stderr)
     if not finite and run.accelerator.is_main_process:
         progress.write(f"Skipped update {run.state.update}: its gradients are not finite", file=sys.stderr)
+
+
+def total_bad_images(run: Run) -> list[int]:
+    """[of the run, of the epoch that is not over], of all processes."""
+    counts = torch.tensor([run.state.skipped_images, run.state.bad_in_epoch], device=run.accelerator.device)
+    return run.accelerator.reduce(counts, "sum").tolist()
+
+
+def check_bad_images(run: Run, ends_epoch: bool) -> None:
+    """Stop, with a checkpoint, when too many images of the epoch are bad; log their number at its end."""
+    recipe, epoch = run.recipe, math.ceil(run.epoch)
+    per_update = recipe.batch_size * recipe.gradient_accumulation_steps * run.accelerator.num_processes
+    images, (_, bad) = run.updates_per_epoch * per_update, total_bad_images(run)
+    if ends_epoch:
+        run.state.bad_in_epoch = 0
+        if bad and run.log:
+            run.log.write({"step": run.state.update, "epoch": run.epoch, "bad_images": bad, "of_images": images})
+    try:
+        check_bad_share(bad, images, recipe.max_bad_share, f"epoch {epoch}", run.output)
+    except TooManyBadImagesError:
+        save(run)
+        raise
 
 
 def log_update(run: Run, progress: tqdm, losses: dict[str, Tensor], learning_rate: float, speed: float) -> None:
@@ -412,6 +447,7 @@ def save(run: Run) -> None:
     accelerator, state = run.accelerator, run.state
     random_states = gather_object([random_state()])
     weights = accelerator.get_state_dict(run.model)
+    bad_in_run, bad_in_epoch = total_bad_images(run)
     if run.log:
         scaler = accelerator.scaler
         training_state = {
@@ -420,8 +456,9 @@ def save(run: Run) -> None:
             "scaler": scaler.state_dict() if scaler else None,
             "random_states": random_states,
         }
+        totals = {"skipped_images": bad_in_run, "bad_in_epoch": bad_in_epoch, "log_position": run.log.position()}
         trainer_state = {
-            "state": {**dataclasses.asdict(state), "log_position": run.log.position()},
+            "state": {**dataclasses.asdict(state), **totals},
             "epoch": run.epoch,
             "class_names": list(run.validation.data.class_names),
             "num_images": run.num_images,
@@ -448,6 +485,8 @@ def restore(run: Run, checkpoint: Path) -> None:
     if run.accelerator.scaler and saved["scaler"]:
         run.accelerator.scaler.load_state_dict(saved["scaler"])
     restore_random_state(saved["random_states"][run.accelerator.process_index])
+    if not run.accelerator.is_main_process:
+        run.state.skipped_images = run.state.bad_in_epoch = 0  # the saved numbers are those of all processes
 
 
 def open_output(
@@ -589,8 +628,8 @@ def stopped_early(run: Run, signals: StopSignals) -> int:
     return 0
 
 
-def fail(accelerator: Accelerator, message: str) -> int:
-    if accelerator.is_main_process:
+def fail(accelerator: Accelerator, message: str, by_all: bool = False) -> int:
+    if by_all or accelerator.is_main_process:
         print(f"finetune_detection.py: {message}", file=sys.stderr)
     accelerator.end_training()
     return 1

@@ -4,7 +4,8 @@
     accelerate launch examples/pretrain.py --recipe examples/recipes/pretraining/swin_base_window7.yaml --data my/images
     accelerate launch examples/pretrain.py --output-dir outputs/pretrain --resume auto
 
-Every key of a recipe is a flag as well. Exit codes: 0 done, 1 failed while training, 2 wrong input, nothing written.
+Every key of a recipe is a flag as well. Exit codes: 0 done, 1 failed while training (too many bad images and a worker
+of the loader that died or hung are such failures), 2 wrong input, nothing written.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from typing import Any, Literal, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device, set_seed
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
 
 from green_swin_hf import GreenSwinConfig, GreenSwinForMaskedImageModeling, SparseGeometry
+from green_swin_hf.bad_images import BadImageList, TooManyBadImagesError, check_bad_share
 from green_swin_hf.checkpointing import (
     listed_files,
     load_weights,
@@ -55,7 +56,9 @@ from green_swin_hf.data import (
 from green_swin_hf.energy import add_energy_flag, check_energy
 from green_swin_hf.feature_probes import Accuracy
 from green_swin_hf.hub_upload import add_hub_flags, open_hub
+from green_swin_hf.image_decoding import BrokenDataError
 from green_swin_hf.image_processing_green_swin import GreenSwinImageProcessor
+from green_swin_hf.loader_watch import LoaderError, LoaderWatch
 from green_swin_hf.lost_process import end_without_peers, is_lost_peer
 from green_swin_hf.online_probe import OnlineProbe, open_probe
 from green_swin_hf.optimization import build_optimizer, cosine_schedule, scaled_learning_rate, set_schedule
@@ -100,6 +103,7 @@ from green_swin_hf.training import (
 DEFAULT_RECIPE = Path(__file__).resolve().parent / "recipes" / "pretraining" / "fashion_mnist_tiny.yaml"
 DEFAULT_OUTPUT = Path("outputs/pretrain")
 NUM_PICTURES = 12
+STREAM_COUNT = 10_000  # images of a stream that count as an epoch where bad ones are counted
 
 
 @dataclass
@@ -125,12 +129,20 @@ class Run:
     log: TrainingLog | None = None  # of the main process only
     final_loss: float | None = None
     probed: Accuracy | None = None
-    named_images: set[str] = field(default_factory=set)
+    bad_images: BadImageList = field(init=False)
     saved_update: int | None = None  # of the newest checkpoint
+
+    def __post_init__(self) -> None:
+        self.bad_images = BadImageList(self.output)
 
     @property
     def epoch(self) -> float | None:
         return self.state.update / self.updates_per_epoch if self.updates_per_epoch else None
+
+    @property
+    def counted_updates(self) -> int:
+        """Updates over which bad images are counted: those of an epoch, or of so many images of a stream."""
+        return self.updates_per_epoch or math.ceil(STREAM_COUNT / self.images_per_update)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -204,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         if not checkpoint:
             record.note(start_from=describe_start(arguments.init_from))
         note_changes(run, record, changes)
-    loader = build_loader(run, source, transform, collator)
+    watch = build_loader(run, source, transform, collator)
     print_heading(run, config, source, peak, warmup, checkpoint)
     progress = progress_bar(total_updates, state.update, shown=accelerator.is_main_process)
 
@@ -212,7 +224,8 @@ def main(argv: list[str] | None = None) -> int:
     model.train()
     try:
         with StopSignals() as signals:
-            train(run, loader, progress, arguments.stop_after, signals)
+            with watch.explained():
+                train(run, watch, progress, arguments.stop_after, signals)
             progress.close()
 
             # Leave the results
@@ -221,6 +234,11 @@ def main(argv: list[str] | None = None) -> int:
                 return stopped_early(run, signals)
             written = save_results(run, config)
             record.stop(**recorded_facts(run, peak))
+    except (LoaderError, BrokenDataError, TooManyBadImagesError) as error:
+        progress.close()
+        record.stop()
+        is_common = isinstance(error, TooManyBadImagesError)  # the others are of this process alone
+        return fail(accelerator, f"stopped: {last_line(error)}; {after_failure(run)}", by_all=not is_common)
     except (DivergenceError, OSError) as error:  # OSError: the disk is full or gone
         progress.close()
         record.stop()
@@ -328,13 +346,14 @@ def build_collator(recipe: PretrainingRecipe, config: GreenSwinConfig) -> Masked
 
 def build_loader(
     run: Run, source: ImageSource, transform: PretrainingTransform, collator: MaskedImageCollator
-) -> DataLoader[Any]:
-    """Batches of this process from the next update to the end of the run, masks and plans included."""
+) -> LoaderWatch:
+    """Batches of this process from the next update to the end of the run, masks and plans included; watched."""
     recipe, accelerator = run.recipe, run.accelerator
     shared: dict[str, Any] = {
         "collate_fn": collator,
         "pin_memory": accelerator.device.type == "cuda",
         "generator": torch.Generator(),  # the loader draws from it instead of from the run's random state
+        "timeout": recipe.worker_timeout,
     }
     place = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
     if source.num_images is None:
@@ -344,7 +363,7 @@ def build_loader(
             source, transform, seed=recipe.seed, rank=rank, world_size=world_size, epoch=epoch
         )
         workers = min(recipe.workers, stream.num_shards)
-        return DataLoader(stream, batch_size=recipe.batch_size, num_workers=workers, **shared)
+        return LoaderWatch(stream, batch_size=recipe.batch_size, num_workers=workers, **shared)
     images = PretrainingImages(source, transform, seed=recipe.seed)
     batches = UpdateBatches(
         EpochSampler(images, seed=recipe.seed),
@@ -354,7 +373,7 @@ def build_loader(
         total_updates=run.total_updates,
         **place,
     )
-    return DataLoader(images, batch_sampler=batches, num_workers=recipe.workers, **shared)
+    return LoaderWatch(images, batch_sampler=batches, num_workers=recipe.workers, **shared)
 
 
 def build_processor(recipe: PretrainingRecipe, config: GreenSwinConfig) -> ViTImageProcessor:
@@ -374,7 +393,7 @@ def build_processor(recipe: PretrainingRecipe, config: GreenSwinConfig) -> ViTIm
 # Training
 
 
-def train(run: Run, loader: DataLoader[Any], progress: tqdm, stop_after: int | None, signals: StopSignals) -> None:
+def train(run: Run, loader: LoaderWatch, progress: tqdm, stop_after: int | None, signals: StopSignals) -> None:
     """Do the updates of this start of the run: to its end, to where it was asked to stop, or until a signal comes."""
     recipe, accelerator, state = run.recipe, run.accelerator, run.state
     if state.update == 0:
@@ -383,7 +402,7 @@ def train(run: Run, loader: DataLoader[Any], progress: tqdm, stop_after: int | N
     batches = iter(loader)
     since, images_since = time.monotonic(), 0
     while state.update < stop_at and not signals.agreed(accelerator.state):
-        loss, skipped_names = forward_backward(run, batches)
+        loss, bad_images = forward_backward(run, batches)
         grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), recipe.max_grad_norm or math.inf)
         # All processes hold the same averaged gradients here, so they decide alike.
         finite = is_finite(grad_norm)
@@ -394,8 +413,10 @@ def train(run: Run, loader: DataLoader[Any], progress: tqdm, stop_after: int | N
         run.scheduler.step()
         state.record_update(finite, recipe.stop_after_skipped)
         images_since += run.images_per_update
-        report_skips(run, progress, finite, skipped_names)
+        report_skips(run, progress, finite, bad_images)
 
+        ends_epoch = state.update % run.counted_updates == 0
+        too_many = check_bad_images(run, progress, ends_epoch) if ends_epoch or due(run, recipe.log_every) else None
         if due(run, recipe.log_every) or not finite:
             speed = images_since / (time.monotonic() - since)
             log_update(run, progress, loss, learning_rate, grad_norm, speed)
@@ -409,22 +430,26 @@ def train(run: Run, loader: DataLoader[Any], progress: tqdm, stop_after: int | N
             save(run)
         since += time.monotonic() - aside
         progress.update()
+        if too_many:
+            if run.saved_update != state.update:
+                save(run)
+            raise too_many
 
 
-def forward_backward(run: Run, batches: Iterator[dict[str, Any]]) -> tuple[torch.Tensor, list[str]]:
-    """Gradients of one update; returns its mean loss on this process, and the names of unreadable images."""
+def forward_backward(run: Run, batches: Iterator[dict[str, Any]]) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """Gradients of one update; returns its mean loss on this process, and what of its batches could not be decoded."""
     accelerator, passes = run.accelerator, run.recipe.gradient_accumulation_steps
-    total, skipped_names = torch.zeros((), device=accelerator.device), []
+    total, bad_images = torch.zeros((), device=accelerator.device), []
     for index in range(passes):
         batch = next(batches)
-        skipped_names += batch["skipped"]
+        bad_images.append({name: batch[name] for name in ("skipped", "num_bad")})
         inputs = send_to_device(model_inputs(batch), accelerator.device, non_blocking=True)
         is_last = index == passes - 1
         with contextlib.nullcontext() if is_last else accelerator.no_sync(run.model):
             loss = run.model(**inputs).loss / passes
             accelerator.backward(loss)
         total += loss.detach()
-    return total, skipped_names
+    return total, bad_images
 
 
 def due(run: Run, every: int) -> bool:
@@ -432,14 +457,33 @@ def due(run: Run, every: int) -> bool:
     return every > 0 and (run.state.update % every == 0 or run.state.update == run.total_updates)
 
 
-def report_skips(run: Run, progress: tqdm, finite: bool, skipped_names: list[str]) -> None:
-    run.state.skipped_images += len(skipped_names)
-    for name in dict.fromkeys(skipped_names):
-        if name not in run.named_images:
-            run.named_images.add(name)
-            progress.write(f"Skipped image {name}: it cannot be decoded", file=sys.stderr)
+def report_skips(run: Run, progress: tqdm, finite: bool, bad_images: list[dict[str, Any]]) -> None:
+    """Count the bad images of an update, and name those that were not named before."""
+    num_bad = sum(batch["num_bad"] for batch in bad_images)
+    run.state.skipped_images += num_bad
+    run.state.bad_in_epoch += num_bad
+    for name, reason in run.bad_images.add(image for batch in bad_images for image in batch["skipped"]):
+        progress.write(f"Bad image {name}: {reason}; another one takes its place", file=sys.stderr)
     if not finite and run.accelerator.is_main_process:
         progress.write(f"Skipped update {run.state.update}: its gradients are not finite", file=sys.stderr)
+
+
+def check_bad_images(run: Run, progress: tqdm, ends_epoch: bool) -> TooManyBadImagesError | None:
+    """The error to stop with where too many images of the epoch are bad; logs their number at its end."""
+    images = run.counted_updates * run.images_per_update
+    _, bad = total_bad_images(run)
+    period = (run.state.update - 1) // run.counted_updates + 1
+    when = f"epoch {period}" if run.updates_per_epoch else f"part {period} of the stream"
+    if ends_epoch:
+        run.state.bad_in_epoch = 0
+        if bad and run.log:
+            progress.write(f"Bad images in {when}: {bad:,} of {images:,}", file=sys.stderr)
+            run.log.write({"step": run.state.update, "epoch": run.epoch, "bad_images": bad, "of_images": images})
+    try:
+        check_bad_share(bad, images, run.recipe.max_bad_share, when, run.output)
+    except TooManyBadImagesError as error:
+        return error
+    return None
 
 
 def log_update(
@@ -453,7 +497,7 @@ def log_update(
         "learning_rate": learning_rate,
         "grad_norm": float(grad_norm),
         "images_per_second": round(speed, 1),
-        "skipped_images": total_skipped_images(run),
+        "skipped_images": total_bad_images(run)[0],
         "skipped_updates": state.skipped_updates,
     }
     if run.log:
@@ -465,9 +509,10 @@ def log_update(
     progress.set_postfix(shown, refresh=False)
 
 
-def total_skipped_images(run: Run) -> int:
-    count = torch.tensor(run.state.skipped_images, device=run.accelerator.device)
-    return int(run.accelerator.reduce(count, "sum").item())
+def total_bad_images(run: Run) -> list[int]:
+    """[of the run, of the epoch that is not over], of all processes."""
+    counts = torch.tensor([run.state.skipped_images, run.state.bad_in_epoch], device=run.accelerator.device)
+    return run.accelerator.reduce(counts, "sum").tolist()
 
 
 def measure(run: Run) -> float | None:
@@ -501,7 +546,7 @@ def save(run: Run) -> None:
     random_states = gather_object([random_state()])
     model = whole_model(accelerator, run.model)
     optimizer = optimizer_state(accelerator, run.model, run.optimizer)
-    skipped_images = total_skipped_images(run)
+    bad_in_run, bad_in_epoch = total_bad_images(run)
     if run.log:
         scaler = accelerator.scaler
         training_state = {
@@ -509,9 +554,9 @@ def save(run: Run) -> None:
             "scaler": scaler.state_dict() if scaler else None,
             "random_states": random_states,
         }
-        position = {"skipped_images": skipped_images, "log_position": run.log.position()}
+        totals = {"skipped_images": bad_in_run, "bad_in_epoch": bad_in_epoch, "log_position": run.log.position()}
         trainer_state = {
-            "state": {**dataclasses.asdict(state), **position},
+            "state": {**dataclasses.asdict(state), **totals},
             "epoch": run.epoch,
             "total_updates": run.total_updates,
             "num_processes": accelerator.num_processes,
@@ -556,7 +601,7 @@ def restore(run: Run, checkpoint: Path) -> None:
     if len(saved["random_states"]) == accelerator.num_processes:  # others only with --override
         restore_random_state(saved["random_states"][accelerator.process_index])
     if not accelerator.is_main_process:
-        run.state.skipped_images = 0  # the saved number is that of all processes
+        run.state.skipped_images = run.state.bad_in_epoch = 0  # the saved numbers are those of all processes
 
 
 def open_output(run: Run, report_to: str) -> None:
@@ -567,6 +612,8 @@ def open_output(run: Run, report_to: str) -> None:
             print(f"Kept as {path}: it is of a later update than this run goes on from")
         save_recipe(run.recipe, run.output / RECIPE_FILE)
         run.log = TrainingLog(run.output / "log.jsonl", run.state.log_position)
+        for name, reason in run.bad_images.add(image for batch in run.fixed_batches for image in batch["skipped"]):
+            print(f"Bad image {name}: {reason}; it is not measured on", file=sys.stderr)
     if report_to != "none":
         settings = {name: str(value) for name, value in run.recipe.to_dict().items()}
         run.accelerator.init_trackers("green-swin-pretraining", settings)
@@ -765,8 +812,16 @@ def stopped_early(run: Run, signals: StopSignals) -> int:
     return 0
 
 
-def fail(accelerator: Accelerator, message: str) -> int:
-    if accelerator.is_main_process:
+def after_failure(run: Run) -> str:
+    """What is there to go on with when a run ends before its end."""
+    if run.saved_update is None:
+        return "it has no checkpoint yet (--save-every)"
+    command = how_to_go_on(run.output, run.accelerator.num_processes)
+    return f"the checkpoint after update {run.saved_update:,} is whole, go on with: {command}"
+
+
+def fail(accelerator: Accelerator, message: str, by_all: bool = False) -> int:
+    if by_all or accelerator.is_main_process:
         print(f"pretrain.py: {message}", file=sys.stderr)
     accelerator.end_training()
     return 1

@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes, Mask
 
 from .data import mix_seed, seeded_generator
-from .image_decoding import ColorMode, CorruptImageError, decode_image
+from .image_decoding import BrokenDataError, ColorMode, CorruptImageError, decode_image
 
 MAX_CORRUPT_RUN = 100
 
@@ -306,28 +306,38 @@ class CocoImages(Dataset[dict[str, Any]]):
             target: `boxes` [n, 4] float32 (x1, y1, x2, y2), `labels` [n] int64 from 1, `masks` [n, H, W] uint8,
                 `iscrowd` [n] int64, `area` [n] float32 as annotated.
             index: row of the image.
-            skipped: names of the images that could not be decoded in its place.
+            skipped: (name, reason) of the images that could not be decoded in its place, its own first.
 
         Raises:
-            ValueError: an image of another size than annotated, or one that cannot be decoded.
+            BrokenDataError: an image that cannot be decoded and may not, or cannot, be replaced.
+            ValueError: an image of another size than annotated.
         """
         if key < 0:
             raise IndexError(f"key {key} must be 0 or more")
         epoch, index = divmod(key, len(self))
-        skipped: list[str] = []
+        skipped: list[tuple[str, str]] = []
         while True:
             try:
                 image = self._decode(index)
                 break
             except CorruptImageError as error:
-                skipped.append(error.name)
+                skipped.append((error.name, error.reason))
                 if not self.training or len(skipped) >= min(MAX_CORRUPT_RUN, len(self)):
-                    raise
+                    others = f" and {len(skipped) - 1} others in a row" if len(skipped) > 1 else ""
+                    raise BrokenDataError(
+                        f"image {': '.join(skipped[0])}{others}; give images that can be read"
+                    ) from None
                 index = (index + 1) % len(self)
         target = self.target(index)
         if self.training and torch.rand((), generator=seeded_generator(mix_seed(self.seed, epoch, index))) < 0.5:
             image, target = mirrored(image, target)
         return {"image": image.float() / 255, "target": target, "index": index, "skipped": tuple(skipped)}
+
+    def describe(self, key: int) -> str:
+        """Which image a key means, in words, without reading its file."""
+        epoch, index = divmod(key, len(self))
+        entry = self.data.images[index]
+        return f"image id {entry['id']}, {self.data.image_folder / entry['file_name']}, in epoch {epoch + 1}"
 
     def target(self, index: int) -> dict[str, Tensor]:
         """What is on the image of row `index`, without reading it."""
@@ -351,8 +361,9 @@ class CocoImages(Dataset[dict[str, Any]]):
     def _decode(self, index: int) -> Tensor:
         entry = self.data.images[index]
         path = self.data.image_folder / entry["file_name"]
-        image = decode_image({"bytes": None, "path": str(path)}, self.mode)
-        found, annotated = tuple(image.shape[1:]), (entry["height"], entry["width"])
+        size = entry["height"], entry["width"]
+        image = decode_image({"bytes": None, "path": str(path)}, self.mode, size=size)  # turned as it was annotated
+        found, annotated = tuple(image.shape[1:]), size
         if found != annotated:
             raise ValueError(
                 f"image {path} has {found[0]} x {found[1]} pixels, its annotations (image id {entry['id']}) are for "
@@ -373,12 +384,13 @@ def mirrored(image: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str
 
 
 def collate_detection(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A batch: `images` and `targets` as lists, since sizes differ, `indices` and the names of `skipped` images."""
+    """A batch: `images` and `targets` as lists, since sizes differ, `indices`, and the images that were `skipped`."""
     return {
         "images": [sample["image"] for sample in samples],
         "targets": [sample["target"] for sample in samples],
         "indices": [sample["index"] for sample in samples],
-        "skipped": [name for sample in samples for name in sample["skipped"]],
+        "skipped": [image for sample in samples for image in sample["skipped"]],
+        "num_bad": sum(bool(sample["skipped"]) for sample in samples),
     }
 
 

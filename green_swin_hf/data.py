@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from .configuration_green_swin import as_pair
-from .image_decoding import ColorMode, CorruptImageError, decode_image
+from .image_decoding import BrokenDataError, ColorMode, CorruptImageError, decode_image
 from .image_sources import ImageSource, load_images
 from .sparse_plan import SparseGeometry, build_sparse_plan, sample_masks
 
@@ -234,6 +234,7 @@ class PretrainingImages(torch.utils.data.Dataset[dict[str, Any]]):
             raise ValueError(f"data set {source.name!r} is a stream; read it with StreamingPretrainingImages")
         self.name = source.name
         self.records = source.dataset.select_columns([source.image_column])
+        self._rows = source.rows
         self.image_column = source.image_column
         self.transform = transform
         self.seed = seed
@@ -249,23 +250,36 @@ class PretrainingImages(torch.utils.data.Dataset[dict[str, Any]]):
         Returns:
             pixel_values: [C, rows, columns] float32.
             mask_seed: int, seed of this sample's mask.
-            skipped: names of the images that could not be decoded in its place.
+            skipped: (name, reason) of the images that could not be decoded in its place, its own first.
+            num_bad: 1 when its own could not be decoded, else 0: over an epoch every bad image counts once.
 
         Raises:
             IndexError: a negative key.
-            ValueError: no readable image among this one and those that follow.
+            BrokenDataError: no readable image among this one and those that follow.
         """
         if key < 0:
             raise IndexError(f"key {key} must be 0 or more")
         epoch, index = divmod(key, len(self))
         image, skipped = self._read(index)
-        return _make_sample(image, skipped, self.transform, mix_seed(self.seed, epoch, index))
+        sample_seed = mix_seed(self.seed, epoch, index)
+        return _make_sample(image, skipped, bool(skipped), self.transform, sample_seed)
 
-    def _read(self, index: int) -> tuple[Tensor, tuple[str, ...]]:
+    def describe(self, key: int) -> str:
+        """Which image a key means, in words, without reading its file."""
+        epoch, index = divmod(key, len(self))
+        path = (self.records[index][self.image_column] or {}).get("path")
+        place = f"row {self._source_row(index)} of {self.name}"
+        return f"{place}, {path}, in epoch {epoch + 1}" if path else f"{place} in epoch {epoch + 1}"
+
+    def _source_row(self, index: int) -> int:
+        """The row in what was opened: some of it may be held out."""
+        return index if self._rows is None else int(self._rows[index])
+
+    def _read(self, index: int) -> tuple[Tensor, tuple[tuple[str, str], ...]]:
         errors: list[CorruptImageError] = []
         for step in range(min(MAX_CORRUPT_RUN, len(self))):
             try:
-                return self._decode((index + step) % len(self)), tuple(error.name for error in errors)
+                return self._decode((index + step) % len(self)), tuple((e.name, e.reason) for e in errors)
             except CorruptImageError as error:
                 errors.append(error)
         raise _broken_data_error(self.name, errors)
@@ -274,23 +288,26 @@ class PretrainingImages(torch.utils.data.Dataset[dict[str, Any]]):
         image = self._decoded.get(row)
         if image is None:
             record = self.records[row][self.image_column]
-            image = decode_image(record, self.transform.color_mode, f"row {row}")
+            image = decode_image(record, self.transform.color_mode, f"row {self._source_row(row)}")
             if image.nbytes <= self._free_bytes:
                 self._free_bytes -= image.nbytes
                 self._decoded[row] = image
         return image
 
 
-def _make_sample(image: Tensor, skipped: Sequence[str], transform: Any, sample_seed: int) -> dict[str, Any]:
+def _make_sample(
+    image: Tensor, skipped: Sequence[tuple[str, str]], num_bad: int, transform: Any, sample_seed: int
+) -> dict[str, Any]:
     return {
         "pixel_values": transform(image, seeded_generator(sample_seed, 0)),
         "mask_seed": mix_seed(sample_seed, 1),
         "skipped": tuple(skipped),
+        "num_bad": int(num_bad),
     }
 
 
-def _broken_data_error(name: str, errors: Sequence[CorruptImageError]) -> ValueError:
-    return ValueError(
+def _broken_data_error(name: str, errors: Sequence[CorruptImageError]) -> BrokenDataError:
+    return BrokenDataError(
         f"data set {name!r} looks broken: {len(errors)} images in a row cannot be decoded, "
         f"the first is {errors[0]}; check the files, or name another column with --image-column"
     )
@@ -390,12 +407,13 @@ class StreamingPretrainingImages(torch.utils.data.IterableDataset[dict[str, Any]
             self.records.set_epoch(epoch)
             position = -1
             for position, (image, skipped) in enumerate(self._images()):
-                yield _make_sample(image, skipped, self.transform, mix_seed(self.seed, epoch, *source_id, position))
+                sample_seed = mix_seed(self.seed, epoch, *source_id, position)
+                yield _make_sample(image, skipped, len(skipped), self.transform, sample_seed)
             if position < 0:  # a worker without a shard would spin for ever
                 return
 
-    def _images(self) -> Iterator[tuple[Tensor, list[str]]]:
-        """Decoded images of one epoch, each with the names of those skipped before it."""
+    def _images(self) -> Iterator[tuple[Tensor, list[tuple[str, str]]]]:
+        """Decoded images of one epoch, each with names and reasons of those skipped before it."""
         errors: list[CorruptImageError] = []
         for position, record in enumerate(self.records):
             try:
@@ -407,7 +425,7 @@ class StreamingPretrainingImages(torch.utils.data.IterableDataset[dict[str, Any]
                 if len(errors) == MAX_CORRUPT_RUN:
                     raise _broken_data_error(self.name, errors) from error
                 continue
-            yield image, [error.name for error in errors]
+            yield image, [(error.name, error.reason) for error in errors]
             errors = []
 
 
@@ -469,14 +487,16 @@ class MaskedImageCollator:
         Returns:
             pixel_values: [B, C, H, W] float32; the first entry, where accelerate looks for the batch size.
             sparse_plan: `SparsePlan` on the CPU.
-            skipped: names of images that could not be decoded.
+            skipped: (name, reason) of images that could not be decoded.
+            num_bad: images whose turn it was and that could not be decoded.
         """
         masked_by = samples if self.mask_sharing == "image" else samples[:1]
         bool_masked_pos = torch.cat([self._sample_mask(sample["mask_seed"]) for sample in masked_by])  # [B or 1, units]
         return {
             "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
             "sparse_plan": build_sparse_plan(bool_masked_pos, self.geometry),
-            "skipped": [name for sample in samples for name in sample["skipped"]],
+            "skipped": [image for sample in samples for image in sample["skipped"]],
+            "num_bad": sum(sample["num_bad"] for sample in samples),
         }
 
     def _sample_mask(self, seed: int) -> Tensor:

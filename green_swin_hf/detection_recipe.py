@@ -27,7 +27,7 @@ class DetectionRecipe(RecipeFile):
     # None of these changes a weight (threads: but for the last bits).
     free_on_resume: ClassVar = (
         *path_keys, "threads", "workers", "log_every", "validate_every", "keep_checkpoints", "stop_after_skipped",
-        "pictures",
+        "pictures", "max_bad_share", "worker_timeout",
     )  # fmt: skip
 
     # Data
@@ -43,6 +43,8 @@ class DetectionRecipe(RecipeFile):
     validation_images: str | None = option(None, "folder of its images")
     skip_empty: bool = option(True, "leave images without objects out of training")
     workers: int = option(0, "processes that prepare batches, for each training process; 0: none of their own")
+    worker_timeout: float = option(300.0, "seconds on one image after which such a process counts as hung; 0: never")
+    max_bad_share: float = option(0.01, "stop when more of an epoch's images cannot be decoded: a share, 1 for never")
     threads: int | None = option(None, "threads of each process on the CPU; an equal share of all cores by default")
     # Images
     num_channels: int = option(
@@ -136,6 +138,7 @@ def _check_ranges(recipe: DetectionRecipe) -> None:
     )  # fmt: skip
     others = (
         "workers", "warmup_updates", "validate_every", "seed", "weight_decay", "max_grad_norm", "learning_rate",
+        "max_bad_share", "worker_timeout",
     )  # fmt: skip
     check_finite(recipe)
     check_minima(recipe, {**dict.fromkeys(positive, 1), **dict.fromkeys(others, 0)})
@@ -150,6 +153,8 @@ def _check_ranges(recipe: DetectionRecipe) -> None:
         raise ValueError(f"drawn_radii {list(recipe.drawn_radii)} must be 0.02 to 0.5, the smaller first")
     if recipe.num_channels not in (1, 3):
         raise ValueError(f"num_channels {recipe.num_channels} must be 1 (grey) or 3 (colour)")
+    if recipe.max_bad_share > 1:
+        raise ValueError(f"max_bad_share {recipe.max_bad_share} must be a share of all images: at most 1")
     if not 0 < recipe.layer_decay <= 1:
         raise ValueError(f"layer_decay {recipe.layer_decay} must be greater than 0 and at most 1")
     if recipe.seed >= 2**32:

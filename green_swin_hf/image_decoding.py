@@ -1,12 +1,19 @@
-"""Decoding one image file of any common kind to a uint8 tensor, or saying which one is broken and why."""
+"""Decoding one image file of any common kind to a uint8 tensor, or saying which one is broken and why.
+
+What a file is says its content, not its name. Nothing is read of a file that is no regular one or too large, and
+nothing decoded of an image with too many pixels, so that no file can take the memory of the machine.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
+import stat
 import warnings
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +25,17 @@ from torch import Tensor
 
 ColorMode = Literal["L", "RGB"]
 
+# PIL's own limit is a variable of the process that other libraries set to None. Decoding takes up to 18 bytes a pixel.
+MAX_PIXELS = 89_478_485
+MAX_FILE_BYTES = 1 << 30  # an image of so many pixels without compression, and half as much again
+
+# Not what PIL reads beside: EPS starts Ghostscript, others are recognised in any noise.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "DIB", "JPEG2000", "AVIF")
+
+EXIF_ORIENTATION = 0x0112
+
+_FLOAT_OVERSHOOT = 1.2  # of a range, as resampling leaves it
+
 
 class CorruptImageError(ValueError):
     """An image that cannot be decoded.
@@ -28,7 +46,7 @@ class CorruptImageError(ValueError):
     """
 
     def __init__(self, name: str, reason: str):
-        super().__init__(name, reason)  # both, so that it survives the way out of a worker
+        super().__init__(name, reason)  # both, so that it can be pickled
         self.name = name
         self.reason = reason
 
@@ -36,52 +54,78 @@ class CorruptImageError(ValueError):
         return f"{self.name}: {self.reason}"
 
 
-def decode_image(record: Mapping[str, Any] | None, mode: ColorMode, unnamed: str = "an image without a path") -> Tensor:
+class BrokenDataError(ValueError):
+    """So many images in a row cannot be decoded that the data set itself must be broken."""
+
+
+def decode_image(
+    record: Mapping[str, Any] | None,
+    mode: ColorMode,
+    place: str = "",
+    size: tuple[int, int] | None = None,
+) -> Tensor:
     """Decode one image: [1, H, W] uint8 for mode "L", [3, H, W] for "RGB".
 
-    EXIF orientation is applied, transparency is laid on white, the first frame of an animation counts. 16-bit
-    greys are scaled to 8 bits; float images are taken to be in [0, 1] if nothing in them is above 1, else in
-    [0, 255].
+    EXIF orientation is applied, transparency is laid on white, the first frame of an animation counts. Deep greys are
+    scaled to 8 bits by the range that holds them: 16-bit pixels by 65535; 32-bit pixels by 255, 65535 or 2³¹ - 1; float
+    pixels by 1, 255 or 65535 (a fifth above is cut off).
 
     Args:
         record: `{"bytes": …, "path": …}`; the path is read where there are no bytes.
         mode: "L" for grey, "RGB" for colour.
-        unnamed: what to call an image that has no path, such as "row 17".
+        place: what to call an image that is no file of its own, such as "row 17".
+        size: (H, W) of what was annotated on the image. One that has this size as it is stored, but not upright, stays
+            as it is stored.
 
     Raises:
-        CorruptImageError: missing, empty, truncated or damaged, NaN or infinite pixels, or with more pixels
-            than `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
+        CorruptImageError: missing, empty, truncated or damaged, no regular file, none of `FORMATS`, NaN or infinite
+            pixels, more than `MAX_PIXELS` (a decompression bomb) or `MAX_FILE_BYTES`.
     """
     record = record or {}
     content, path = record.get("bytes"), record.get("path")
-    name = path or unnamed
+    name = f"{place} ({path})" if place and path and content is not None else path or place or "an image without a path"
     if content is None and not path:
         raise CorruptImageError(name, "holds no image")
     try:
-        content = _read_bytes(name) if content is None else content
+        content = _read_bytes(str(path)) if content is None else content
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of oddities that do not hurt
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            pixels = _decode(content, mode)
+            pixels = _decode(content, mode, size)
     except Exception as error:  # PIL raises nearly every built-in exception on damaged files
         reason = "is empty" if content == b"" else str(error) or type(error).__name__
-        reason = re.sub(r" <_io\.BytesIO object at \w+>", "", reason)
+        reason = " ".join(re.sub(r" <_io\.BytesIO object at \w+>", "", reason).split())
         raise CorruptImageError(name, reason) from error
     return torch.from_numpy(pixels).view(pixels.shape[0], pixels.shape[1], -1).permute(2, 0, 1).contiguous()
 
 
 def _read_bytes(path: str) -> bytes:
     if "://" not in path:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe may wait for ever, a device may never end
+            raise ValueError("is no regular file")
+        _check_size(found.st_size, MAX_FILE_BYTES, "bytes")
         return Path(path).read_bytes()
     with fsspec.open(path, "rb") as file:
-        return file.read()
+        content = file.read(MAX_FILE_BYTES + 1)
+    _check_size(len(content), MAX_FILE_BYTES, "bytes")
+    return content
 
 
-def _decode(content: bytes, mode: ColorMode) -> np.ndarray:
+def _check_size(size: int, limit: int, unit: str) -> None:
+    if size > limit:
+        bomb = " (a decompression bomb)" if unit == "pixels" else ""
+        raise ValueError(f"has {size:,} {unit}, more than the {limit:,} that are decoded{bomb}")
+
+
+def _decode(content: bytes, mode: ColorMode, size: tuple[int, int] | None) -> np.ndarray:
     """[H, W] or [H, W, 3] uint8."""
-    with Image.open(io.BytesIO(content)) as file:
+    with Image.open(io.BytesIO(content), formats=_known_formats()) as file:
+        _check_size(file.width * file.height, MAX_PIXELS, "pixels")
         file.load()
-        _turn_upright(file)
+        stored = (file.height, file.width)
+        if size is None or size != stored or upright_size(file) == size:
+            turn_upright(file)
         image: Image.Image = file
         if image.mode[0] in "IF":
             image = _as_eight_bits(image)
@@ -92,22 +136,41 @@ def _decode(content: bytes, mode: ColorMode) -> np.ndarray:
         return np.array(image if image.mode == mode else image.convert(mode))
 
 
-def _turn_upright(image: Image.Image) -> None:
+@lru_cache
+def _known_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this version of PIL reads."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(H, W) of an image when it is turned as its EXIF orientation says."""
+    with contextlib.suppress(Exception):
+        if image.getexif().get(EXIF_ORIENTATION, 1) >= 5:
+            return image.width, image.height
+    return image.height, image.width
+
+
+def turn_upright(image: Image.Image) -> None:
+    """Turn an image, in place, as its EXIF orientation says."""
     with contextlib.suppress(Exception):  # damaged EXIF data is no reason to drop a picture
         ImageOps.exif_transpose(image, in_place=True)
 
 
 def _as_eight_bits(image: Image.Image) -> Image.Image:
-    """A grey 8-bit image of one with 16-bit, 32-bit or float pixels.
-
-    32-bit pixels are taken for 16-bit ones, which PIL reads so from some files, unless none is above 255; float pixels
-    are in [0, 1] unless one is above 1, then in [0, 255].
-    """
+    """A grey 8-bit image of one with 16-bit, 32-bit or float pixels, scaled by the smallest range that holds them."""
     values = np.asarray(image)
     if not np.isfinite(values).all():
         raise ValueError("has pixels that are NaN or infinite")
-    if image.mode[0] == "I":
-        scale = 1 / 257 if image.mode != "I" or values.max() > 255 else 1.0
+    largest = float(values.max())
+    ranges: tuple[int, ...]
+    if image.mode == "F":
+        ranges, largest = (1, 255, 65535), largest / _FLOAT_OVERSHOOT
     else:
-        scale = 255.0 if values.max() <= 1 else 1.0
-    return Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
+        ranges = (255, 65535, 2**31 - 1) if image.mode == "I" else (65535,)
+    whole = next((limit for limit in ranges if largest <= limit), None)
+    if whole is None:
+        raise ValueError(f"has float pixels up to {values.max():.3g}: no known range")
+    scaled = values.astype(np.float32)
+    scaled *= 255 / whole
+    return Image.fromarray(np.clip(np.rint(scaled, out=scaled), 0, 255, out=scaled).astype(np.uint8))

@@ -6,6 +6,7 @@ belongs to a model with one channel and turns it back.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from PIL import Image
@@ -14,9 +15,16 @@ from transformers.utils import is_torchvision_available
 
 
 def _as_expected(image: Any, num_channels: int) -> Any:
-    """The image in grey where one channel is expected; arrays and tensors are taken to be as they should."""
-    if num_channels == 1 and isinstance(image, Image.Image) and image.mode != "L":
-        return image.convert("L")
+    """The image in grey where one channel is expected; arrays and tensors have the channels that they should.
+
+    Raises:
+        ValueError: pixels that are NaN or infinite, which would make all outputs NaN.
+    """
+    if isinstance(image, Image.Image):
+        return image.convert("L") if num_channels == 1 and image.mode != "L" else image
+    is_float = "float" in str(getattr(image, "dtype", ""))  # an array or a tensor
+    if is_float and not (abs(image) < math.inf).all():
+        raise ValueError("an image has pixels that are NaN or infinite; mend it, or fill them: numpy.nan_to_num(image)")
     return image
 
 

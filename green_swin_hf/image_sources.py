@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
@@ -43,12 +44,21 @@ class ImageSource:
         image_column: name of the column with the images.
         name: what was asked for, for messages and model cards.
         num_images: images in the split; `None` when streaming.
+        rows: of a part of a split, the row in the split of each of its images; `None` for all of them.
     """
 
     dataset: datasets.Dataset | datasets.IterableDataset
     image_column: str
     name: str
     num_images: int | None
+    rows: np.ndarray | None = field(default=None, compare=False)
+
+    def select(self, rows: Sequence[int]) -> ImageSource:
+        """These images alone, in this order; not of a stream."""
+        dataset = self.dataset.select(rows)
+        chosen = np.asarray(rows, dtype=np.int64)
+        kept = chosen if self.rows is None else self.rows[chosen]
+        return replace(self, dataset=dataset, num_images=len(dataset), rows=kept)
 
 
 def load_images(

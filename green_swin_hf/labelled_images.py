@@ -48,8 +48,7 @@ class LabelledImages:
 
     def select(self, rows: Sequence[int]) -> LabelledImages:
         """These rows alone, in this order, with the same classes."""
-        dataset = self.source.dataset.select(rows)
-        return replace(self, source=replace(self.source, dataset=dataset, num_images=len(dataset)))
+        return replace(self, source=self.source.select(rows))
 
 
 def load_labelled_images(
@@ -165,9 +164,10 @@ class LabelledDataset(PretrainingImages):
             raise IndexError(f"key {key} must be 0 or more")
         epoch, index = divmod(key, len(self))
         image, skipped = self._read(index)
-        for name in set(skipped) - self._warned:
-            logger.warning("Image %s cannot be decoded: another one takes its place", name)
-        self._warned.update(skipped)
+        for name, reason in skipped:
+            if name not in self._warned:
+                self._warned.add(name)
+                logger.warning("Bad image %s: %s; another one takes its place", name, reason)
         generator = seeded_generator(mix_seed(self.seed, epoch, index))
         return {
             "pixel_values": self.transform(image, generator),

@@ -43,7 +43,7 @@ class PretrainingRecipe(RecipeFile):
     # None of these changes a weight (threads: but for the last bits).
     free_on_resume: ClassVar = (
         "data", "threads", "workers", "log_every", "save_every", "keep_checkpoints", "stop_after_skipped",
-        "label_column", "probe_every", "probe_bank_images", "probe_images",
+        "label_column", "probe_every", "probe_bank_images", "probe_images", "max_bad_share", "worker_timeout",
     )  # fmt: skip
 
     # Data
@@ -55,6 +55,8 @@ class PretrainingRecipe(RecipeFile):
     image_column: str | None = option(None, "column with the images; found by itself where there is only one")
     streaming: bool = option(False, "read the data set while training instead of loading it first")
     workers: int = option(0, "processes that prepare batches, for each training process; 0: none of their own")
+    worker_timeout: float = option(300.0, "seconds on one image after which such a process counts as hung; 0: never")
+    max_bad_share: float = option(0.01, "stop when more of an epoch's images cannot be decoded: a share, 1 for never")
     threads: int | None = option(None, "threads of each process on the CPU; an equal share of all cores by default")
     # Images
     image_size: int | tuple[int, ...] = option(224, "pixels, one number or rows and columns")
@@ -162,7 +164,7 @@ def _check_ranges(recipe: PretrainingRecipe) -> None:
         **dict.fromkeys(("batch_size", "gradient_accumulation_steps", "log_every", "num_channels"), 1),
         **dict.fromkeys(("keep_checkpoints", "stop_after_skipped", "probe_bank_images", "probe_images"), 1),
         **dict.fromkeys(("workers", "pad", "save_every", "validate_every", "validation_images"), 0),
-        **dict.fromkeys(("probe_every", "warmup_epochs", "seed"), 0),
+        **dict.fromkeys(("probe_every", "warmup_epochs", "seed", "worker_timeout", "max_bad_share"), 0),
         **dict.fromkeys(("weight_decay", "max_grad_norm", "min_lr_ratio", "learning_rate"), 0),
     }
     check_finite(recipe)
@@ -177,6 +179,8 @@ def _check_ranges(recipe: PretrainingRecipe) -> None:
         raise ValueError(f"seed {recipe.seed} must be less than 2^32")
     if recipe.pad > max(as_pair(recipe.image_size)):
         raise ValueError(f"pad {recipe.pad} must be at most image_size {recipe.image_size}")
+    if recipe.max_bad_share > 1:
+        raise ValueError(f"max_bad_share {recipe.max_bad_share} must be a share of all images: at most 1")
     if not 0 < recipe.mask_ratio < 1:
         raise ValueError(f"mask_ratio {recipe.mask_ratio} must be greater than 0 and less than 1")
     for name in ("mean", "std"):

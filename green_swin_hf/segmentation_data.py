@@ -28,7 +28,7 @@ from transformers import SegformerImageProcessor
 
 from .data import mix_seed
 from .drawn_shapes import SHAPE_NAMES, draw_shapes_image
-from .image_decoding import CorruptImageError, decode_image
+from .image_decoding import CorruptImageError, decode_image, turn_upright, upright_size
 from .image_sources import ENCODED_DTYPES, IMAGE_EXTENSIONS, SPLIT_FOLDERS, load_images
 
 IGNORED_LABEL = 255
@@ -47,7 +47,6 @@ MASK_COLUMN_NAMES = (
 CLASS_NAMES_FILE = "classes.json"
 DRAWN_CLASSES = ("background", *SHAPE_NAMES)
 _CROP_TRIES = 10
-_EXIF_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
@@ -229,6 +228,7 @@ def decode_mask(record: Mapping[str, Any] | None, unnamed: str = "a mask without
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(Path(name) if content is None else io.BytesIO(content)) as file:
+                turn_upright(file)
                 values = np.array(file)
     except Exception as error:  # PIL raises nearly every built-in exception on damaged files
         raise CorruptImageError(name, f"cannot be read as a mask ({str(error) or type(error).__name__})") from error
@@ -306,8 +306,9 @@ class SegmentationDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         """Image [3, H, W] and labels [H, W] of a row, both uint8."""
         row = self.source.dataset[index]
         record = row[self.source.image_column]
-        image = decode_image(record, "RGB", f"row {index}")
         labels = self.read_labels(index, row)
+        rows, columns = labels.shape
+        image = decode_image(record, "RGB", f"row {index}", size=(rows, columns))  # turned as its mask was drawn
         if labels.shape != image.shape[1:]:
             raise _size_error(record, f"row {index}", tuple(image.shape[1:]), labels)
         return image, labels
@@ -327,9 +328,9 @@ class SegmentationDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         for index in rows:
             row = self.source.dataset[index]
             labels = self.read_labels(index, row)
-            size = _image_size(record := row[self.source.image_column], f"row {index}")
-            if labels.shape != size:
-                raise _size_error(record, f"row {index}", size, labels)
+            upright, stored = _image_sizes(record := row[self.source.image_column], f"row {index}")
+            if labels.shape not in (upright, stored):
+                raise _size_error(record, f"row {index}", upright, labels)
             counts += labels.flatten().bincount(minlength=IGNORED_LABEL + 1)[: self.num_classes]
         return counts
 
@@ -340,13 +341,12 @@ def _size_error(record: Mapping[str, Any], unnamed: str, size: tuple[int, ...], 
     return ValueError(f"image {name} has {image} pixels and its mask {mask}; give both the same rows and columns")
 
 
-def _image_size(record: Mapping[str, Any], unnamed: str) -> tuple[int, int]:
-    """(rows, columns) from the head of an image file, upright."""
+def _image_sizes(record: Mapping[str, Any], unnamed: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(rows, columns) from the head of an image file, upright and as stored."""
     name = record.get("path") or unnamed
     try:
         with Image.open(Path(name) if record.get("bytes") is None else io.BytesIO(record["bytes"])) as file:
-            lies = file.getexif().get(_EXIF_ORIENTATION, 1) >= 5
-            return (file.width, file.height) if lies else (file.height, file.width)
+            return upright_size(file), (file.height, file.width)
     except Exception as error:  # PIL raises nearly every built-in exception on damaged files
         raise CorruptImageError(name, str(error) or type(error).__name__) from error
 

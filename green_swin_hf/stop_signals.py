@@ -13,8 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 
 # SIGUSR1 is what Slurm sends ahead of its limit (`sbatch --signal=USR1@120`); Windows has none.
-_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 _open = 0  # `StopSignals` that are entered
 
@@ -36,7 +35,8 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 class StopSignals:
     """Within it SIGTERM, SIGUSR1 and the first Ctrl-C (SIGINT) are only noted; the second Ctrl-C interrupts.
 
-    Worker processes that are forked within it do not get signals to the group of this one, whose batches they make.
+    Worker processes that are forked within it do not get signals to the group of this one, which still needs their
+    batches. Those of a `LoaderWatch` pay no heed to signals to themselves either.
 
     Attributes:
         received: name of the signal that came; None while there was none.
@@ -50,7 +50,7 @@ class StopSignals:
         global _open
         _open += 1
         if threading.current_thread() is threading.main_thread():  # only there may a handler be set
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(
@@ -76,4 +76,4 @@ class StopSignals:
         return self.received is not None
 
 
-__all__ = ["StopSignals"]
+__all__ = ["SIGNALS", "StopSignals"]

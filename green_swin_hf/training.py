@@ -8,9 +8,10 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -134,6 +135,7 @@ class RunState:
         skipped_updates: those whose gradients were not finite.
         skipped_in_a_row: of these, the last ones without another between.
         skipped_images: images that could not be decoded.
+        bad_in_epoch: of these, those of the epoch that is not over.
         log_position: bytes of the log.
     """
 
@@ -141,6 +143,7 @@ class RunState:
     skipped_updates: int = 0
     skipped_in_a_row: int = 0
     skipped_images: int = 0
+    bad_in_epoch: int = 0
     log_position: int = 0
 
     def record_update(self, finite: bool, limit: int) -> None:
@@ -213,9 +216,7 @@ def hold_out(source: ImageSource, count: int, seed: int) -> tuple[ImageSource, I
     if count == 0:
         return source, None
     order = torch.randperm(total, generator=seeded_generator(seed, total)).tolist()
-    parts = (sorted(order[count:]), sorted(order[:count]))
-    train, held = (replace(source, dataset=source.dataset.select(part), num_images=len(part)) for part in parts)
-    return train, held
+    return source.select(sorted(order[count:])), source.select(sorted(order[:count]))
 
 
 def fixed_batches(
@@ -306,7 +307,7 @@ def one_line_errors(program: str) -> Iterator[None]:
 def last_line(error: Exception) -> str:
     """What an error says; of one that comes out of a loader's worker, without the worker's traceback."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].removeprefix(f"{type(error).__name__}: ")
+    return re.sub(rf"^[\w.]*\b{type(error).__name__}: ", "", lines[-1])
 
 
 def check_tracker(name: str) -> None:

@@ -242,10 +242,27 @@ def test_an_image_of_another_size_than_annotated_is_named(path):
         CocoImages(load_coco(path), training=True)[0]
 
 
+@pytest.mark.parametrize("annotated_on", ["stored", "upright"])
+def test_boxes_stay_on_their_object_when_exif_turns_the_image(path, annotated_on):
+    """A white rectangle where the first box is: in the pixels as stored, or as a viewer shows them."""
+    white = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    white[3:12, 2:10] = 255
+    image, exif = Image.fromarray(white), Image.Exif()
+    exif[0x0112] = 6  # to be shown after a quarter turn clockwise
+    stored = image if annotated_on == "stored" else image.transpose(Image.Transpose.ROTATE_90)
+    stored.save(path.parent / "images" / "a.png", exif=exif)
+    sample = CocoImages(load_coco(path))[0]
+    left, top, right, bottom = sample["target"]["boxes"][0].int().tolist()
+    assert sample["image"].shape == (3, HEIGHT, WIDTH)
+    assert sample["image"][:, top:bottom, left:right].min() == 1
+    assert sample["image"].sum() == 3 * (right - left) * (bottom - top)
+    assert (sample["image"][0] * sample["target"]["masks"][0]).sum() == sample["image"][0].sum()
+
+
 def test_training_takes_the_next_image_for_a_broken_one_and_measuring_raises(path):
     (path.parent / "images" / "a.png").write_bytes(b"no image")
     sample = CocoImages(load_coco(path), training=True)[0]
     assert sample["image"].shape == (3, 9, 8)
-    assert [name.endswith("a.png") for name in sample["skipped"]] == [True]
+    assert [(name.endswith("a.png"), reason[:15]) for name, reason in sample["skipped"]] == [(True, "cannot identify")]
     with pytest.raises(ValueError, match=r"a\.png"):
         CocoImages(load_coco(path))[0]

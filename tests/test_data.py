@@ -595,7 +595,9 @@ class TestSamples:
         images = PretrainingImages(load_images(tmp_path), plain_transform(), seed=0)
         assert grey_values(images[index] for index in range(4)) == [10, 40, 40, 40]
         assert [len(images[index]["skipped"]) for index in range(4)] == [0, 2, 1, 0]
-        assert images[1]["skipped"] == (str(tmp_path / "020.png"), str(tmp_path / "030.png"))
+        reason = "is empty"
+        assert images[1]["skipped"] == ((str(tmp_path / "020.png"), reason), (str(tmp_path / "030.png"), reason))
+        assert [images[index]["num_bad"] for index in range(4)] == [0, 1, 1, 0]
         assert images[1]["mask_seed"] != images[2]["mask_seed"]
 
     def test_last_image_is_replaced_by_the_first(self, tmp_path):
@@ -718,7 +720,8 @@ class TestCollator:
         (tmp_path / "002.png").write_bytes(b"")
         images = PretrainingImages(load_images(tmp_path), plain_transform((32, 32)), seed=0)
         batch = MaskedImageCollator(geometry, 0.75)([images[index] for index in range(3)])
-        assert batch["skipped"] == [str(tmp_path / "002.png")]
+        assert batch["skipped"] == [(str(tmp_path / "002.png"), "is empty")]
+        assert batch["num_bad"] == 1
 
 
 class TestLoading:
@@ -846,7 +849,9 @@ class TestStreaming:
         (folder / "005.png").write_bytes(b"")
         samples = read_stream(stream_of(folder, shuffle_buffer=0, num_epochs=1))
         assert len(samples) == 39
-        assert [sample["skipped"] for sample in samples if sample["skipped"]] == [(str(folder / "005.png"),)]
+        found = [sample["skipped"] for sample in samples if sample["skipped"]]
+        assert found == [((str(folder / "005.png"), "is empty"),)]
+        assert sum(sample["num_bad"] for sample in samples) == 1
 
     def test_a_broken_stream_is_an_error(self, tmp_path):
         for number in range(101):

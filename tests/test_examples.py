@@ -306,7 +306,7 @@ def test_unreadable_images_are_named_and_counted(tmp_path, capsys):
     shutil.copytree(PHOTOS, folder)
     (folder / "broken.png").write_bytes(b"not an image")
     flags = ["--data", folder, *TINY, "--batch-size", 5, "--max-steps", 3, "--output-dir", tmp_path / "run"]
-    assert run_pretrain(*flags, "--validation-images", 0) == 0
+    assert run_pretrain(*flags, "--validation-images", 0, "--max-bad-share", 0.2) == 0
     assert read_log(tmp_path / "run")[-1]["skipped_images"] == 3  # once an epoch
     assert capsys.readouterr().err.count("broken.png") == 1
 

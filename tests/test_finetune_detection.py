@@ -265,8 +265,14 @@ def test_a_broken_image_is_named_and_passed_over(tmp_path, capsys):
     for seed, name in enumerate(("train", "validation")):
         write_coco_shapes(tmp_path / name, load_photographs(PHOTOS), 5, seed, sides=(48, 72))
     (tmp_path / "train/images/000002.png").write_bytes(b"no image")
-    assert run_script(*given(tmp_path), *TINY, "--batch-size", 5, "--output-dir", tmp_path / "run") == 0
+    flags = [*given(tmp_path), *TINY, "--batch-size", 5]
+    assert run_script(*flags, "--max-bad-share", 0.2, "--output-dir", tmp_path / "run") == 0
     assert capsys.readouterr().err.count("000002.png") == 1
+    counts = {entry["bad_images"] for entry in read_log(tmp_path / "run") if "bad_images" in entry}
+    assert counts == {1}
+    assert run_script(*flags, "--output-dir", tmp_path / "stopped") == 1
+    assert "1 bad images in epoch 1, and max_bad_share 0.01 allows 0 of its 5" in capsys.readouterr().err
+    assert any((tmp_path / "stopped" / "checkpoints").iterdir())
 
 
 def test_an_image_that_is_not_the_annotated_one_ends_the_run_in_one_line(tmp_path, capsys):

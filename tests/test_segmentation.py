@@ -33,6 +33,7 @@ from green_swin_hf.segmentation import (
 )
 from green_swin_hf.segmentation_data import (
     DRAWN_CLASSES,
+    ImagesWithMasks,
     SegmentationAugmentation,
     SegmentationDataset,
     WholeImages,
@@ -151,6 +152,28 @@ def test_masks_are_numbers_with_or_without_a_palette_and_never_colours(tmp_path)
     for name, problem in (("colours", "has colours"), ("missing", "cannot be read as a mask")):
         with pytest.raises(ValueError, match=problem):
             decode_mask({"bytes": None, "path": str(tmp_path / f"{name}.png")})
+
+
+@pytest.mark.parametrize("drawn_on", ["stored", "upright", "turned"])
+def test_masks_stay_on_their_image_when_exif_turns_it(tmp_path, drawn_on):
+    """A mask of the pixels as stored, as a viewer shows them, or with an orientation of its own."""
+    white = np.zeros((12, 10, 3), np.uint8)
+    white[2:5, 1:8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown after a quarter turn clockwise
+    Image.fromarray(white).save(tmp_path / "a.png", exif=exif)
+    mask = Image.fromarray((white[..., 0] == 255).astype(np.uint8))
+    upright = mask.transpose(Image.Transpose.ROTATE_270)
+    options = {"exif": exif} if drawn_on == "turned" else {}
+    (upright if drawn_on == "upright" else mask).save(tmp_path / "mask.png", **options)
+    records = {name: [{"bytes": None, "path": str(tmp_path / f"{name}.png")}] for name in ("a", "mask")}
+    features = datasets.Features({name: datasets.Image(decode=False) for name in records})
+    pairs = ImagesWithMasks(datasets.Dataset.from_dict(records, features), "a", "mask", "one")
+    dataset = SegmentationDataset(pairs, None, num_classes=2)
+    image, labels = dataset.read(0)
+    assert torch.equal(image[0], labels * 255)
+    assert image.shape[1:] == ((12, 10) if drawn_on == "stored" else (10, 12))
+    assert dataset.check([0]).tolist() == [120 - 21, 21]
 
 
 def test_labels_out_of_range_are_named_and_reduced_labels_start_at_one(tmp_path):

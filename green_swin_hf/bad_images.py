@@ -1,0 +1,72 @@
+"""Images that cannot be decoded, over a run: each named once, all counted, and too many of them end it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+BAD_IMAGES_FILE = "bad_images.jsonl"  # in an output folder
+
+
+class TooManyBadImagesError(RuntimeError):
+    """More of the images of an epoch cannot be decoded than the recipe allows."""
+
+
+class BadImageList:
+    """The bad images of a run in a file of its output folder: one JSON object a line, `image` and `reason`.
+
+    The processes of a run and its continuations share the file: an image that it lists is not named again.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / BAD_IMAGES_FILE
+        self._names: set[str] = set()
+
+    def add(self, images: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """List those (name, reason) that are not listed yet; returns them."""
+        unknown = {name: reason for name, reason in images if name not in self._names}
+        if unknown:
+            text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+            self._names |= _listed(text)  # by another process, or before the run was resumed
+        new = {name: reason for name, reason in unknown.items() if name not in self._names}
+        if new:
+            lines = [json.dumps({"image": name, "reason": reason}) + "\n" for name, reason in new.items()]
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(lines) if not text or text.endswith("\n") else "\n" + "".join(lines))
+        self._names |= new.keys()
+        return list(new.items())
+
+
+def _listed(text: str) -> set[str]:
+    names = set()
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line of a run that was killed
+            names.add(json.loads(line)["image"])
+    return names
+
+
+def check_bad_share(bad: int, images: int, max_share: float, when: str, folder: Path) -> None:
+    """Raise when more than the share `max_share` of `images` are bad.
+
+    Args:
+        bad: images that could not be decoded so far.
+        images: of the whole epoch, those still to come included: a bad one among the first few stops nothing.
+        max_share: 0 … 1.
+        when: the epoch, in words.
+        folder: of the run, where its bad images are listed.
+
+    Raises:
+        TooManyBadImagesError: with the figures and the remedy.
+    """
+    allowed = math.floor(max_share * images + 1e-6)  # 0.29 * 100 is below 29
+    if bad > allowed:
+        raise TooManyBadImagesError(
+            f"{bad:,} bad images in {when}, and max_bad_share {max_share:g} allows {allowed:,} of its {images:,}; they "
+            f"are listed in {folder / BAD_IMAGES_FILE}: mend them, or give a larger --max-bad-share"
+        )
+
+
+__all__ = ["BAD_IMAGES_FILE", "BadImageList", "TooManyBadImagesError", "check_bad_share"]

@@ -1,0 +1,239 @@
+"""Knowing which sample a loader's worker was on when it died or hung, and ending what hangs.
+
+A worker notes what it is on in memory that it shares with the training process: a few stores for each sample. A thread
+of the training process looks at the notes and kills a worker that has been on one sample for too long. The `timeout` of
+`DataLoader` is not enough: it does not hold while a batch is being received, for which the worker must answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from .stop_signals import SIGNALS
+
+_PROCESS, _KEY, _SINCE = range(3)
+_BETWEEN = -1  # a key that is none: between two samples
+_JOIN_SECONDS = 5
+_CLOSING_SECONDS = 0.5
+_BATCH_FACTOR = 10  # a batch of slow images may take longer than one image
+
+
+class LoaderError(RuntimeError):
+    """A worker of the loader died or hangs; the text says on which sample, and for how long."""
+
+
+class _WorkerNotes:
+    """Process id, key in hand and when it was taken, of every worker of a loader, in shared memory."""
+
+    def __init__(self, num_workers: int):
+        self._memory = torch.tensor([[0, _BETWEEN, 0]] * max(1, num_workers)).share_memory_()
+        self._open()
+
+    def _open(self) -> None:
+        self._rows = self._memory.numpy()  # stores into it take a tenth of the time of stores into the tensor
+        self._row: np.ndarray | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_memory": self._memory}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._memory = state["_memory"]
+        self._open()
+
+    def begin(self, worker_id: int) -> None:
+        """Called in a worker before all else: note its process, and leave signals to the training process.
+
+        A queue signals every process of a job, and the training process still needs this one's batches. It also ends
+        it, and a worker whose training process is gone ends by itself.
+        """
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        self._row = self._rows[worker_id]
+        self.leave()
+        self._row[_PROCESS] = os.getpid()
+
+    def take(self, key: int) -> None:
+        """Note that this worker begins with a sample."""
+        assert self._row is not None
+        self._row[_SINCE] = time.monotonic_ns()
+        self._row[_KEY] = key
+
+    def leave(self) -> None:
+        """Note that this worker has given its sample."""
+        assert self._row is not None
+        self._row[_KEY] = _BETWEEN
+
+    def rows(self) -> list[tuple[int, int, int]]:
+        """Of each worker: process (0: it has not begun), key in hand or -1, clock when it took it."""
+        return [tuple(row) for row in self._rows.tolist()]
+
+
+class _NotedImages(Dataset[Any]):
+    """A map-style data set whose workers note the key that they are on."""
+
+    def __init__(self, images: Any, notes: _WorkerNotes):
+        self.images, self.notes = images, notes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: int) -> Any:
+        self.notes.take(key)
+        sample = self.images[key]  # after an error the note stays: the worker is on it
+        self.notes.leave()
+        return sample
+
+
+class _NotedStream(IterableDataset[Any]):
+    """A stream whose workers note how many samples they have given."""
+
+    def __init__(self, stream: Any, notes: _WorkerNotes):
+        self.stream, self.notes = stream, notes
+
+    def __iter__(self) -> Iterator[Any]:
+        self.notes.take(0)
+        for number, sample in enumerate(self.stream, start=1):
+            self.notes.leave()
+            yield sample
+            self.notes.take(number)
+        self.notes.leave()
+
+
+class LoaderWatch:
+    """A loader whose workers are watched.
+
+    Args:
+        images: a map-style data set with `describe(key)`, or a stream.
+        num_workers: of the loader; without any there is nobody to watch.
+        timeout: seconds on one sample after which a worker counts as hung (seen within a second more). Ten times as
+            long without a batch ends the loader, too, for what hangs outside of samples. 0: no limit.
+        options: of `DataLoader`.
+
+    Attributes:
+        loader: the `DataLoader`.
+    """
+
+    def __init__(self, images: Any, *, num_workers: int, timeout: float, **options: Any):
+        self.images = images
+        self.timeout = timeout if num_workers else 0
+        self._notes = _WorkerNotes(num_workers)
+        self._workers: dict[int, Any] = {}
+        self._hung: tuple[int, int, int] | None = None
+        self._is_over = threading.Event()
+        if num_workers:
+            noted = _NotedStream if isinstance(images, IterableDataset) else _NotedImages
+            images = noted(images, self._notes)
+            options["worker_init_fn"] = self._notes.begin
+        self.loader: DataLoader[Any] = DataLoader(
+            images, num_workers=num_workers, timeout=_BATCH_FACTOR * self.timeout, **options
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        """One pass of the loader, to be made within `explained`."""
+        others = {child.pid for child in multiprocessing.active_children()}
+        batches = iter(self.loader)  # starts the workers, before the thread
+        started = [child for child in multiprocessing.active_children() if child.pid not in others]
+        self._workers = {child.pid: child for child in started if child.pid}
+        if self.timeout:
+            threading.Thread(target=self._look, daemon=True).start()
+        return batches
+
+    def _look(self) -> None:
+        """Kill a worker that has been on one sample for too long, which ends the loader."""
+        while not self._is_over.wait(min(1, self.timeout / 4)):
+            since = time.monotonic_ns() - self.timeout * 1e9
+            hung = next((row for row in self._notes.rows() if row[_KEY] != _BETWEEN and row[_SINCE] < since), None)
+            if hung:
+                self._hung = hung
+                self._workers[hung[_PROCESS]].kill()  # not joined: torch's handler in the main thread looks for its end
+                return
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Within it the end of a worker is a `LoaderError` that names its sample; after it no worker is left.
+
+        It can come at any moment, not only while a batch is waited for, and wrapped in other errors.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._is_over.set()
+            with _deaf_to_children():
+                reason = self._explain(error)
+            if reason is None:
+                raise
+            raise LoaderError(reason) from error
+        finally:
+            self._is_over.set()
+            with _deaf_to_children():
+                self._end_workers()
+
+    def _explain(self, error: Exception) -> str | None:
+        """What befell a worker, in words; None where all are well."""
+        is_ours = self._hung and self._workers[self._hung[_PROCESS]].exitcode in (None, -signal.SIGKILL)
+        if self._hung and is_ours:  # and it was not crashing meanwhile
+            return f"a loader worker hung and was ended: {self._describe(self._hung)} (worker_timeout {self.timeout:g})"
+        dead = self._dead_workers()
+        if not dead and isinstance(error, OSError | EOFError):  # its connections close a moment before it is gone
+            time.sleep(_CLOSING_SECONDS)
+            dead = self._dead_workers()
+        if dead:
+            ends = ", ".join(sorted({_how(self._workers[pid].exitcode) for pid in dead}))
+            on = [row for row in self._notes.rows() if row[_PROCESS] in dead and row[_KEY] != _BETWEEN]
+            return f"a loader worker died ({ends}): {'; '.join(map(self._describe, on)) or 'between two images'}"
+        if str(error).startswith("DataLoader timed out"):
+            seconds = _BATCH_FACTOR * self.timeout
+            return f"no batch came for {seconds:g} seconds ({_BATCH_FACTOR} x worker_timeout); no image took long"
+        return " ".join(str(error).split()) if str(error).startswith("DataLoader worker") else None  # of another loader
+
+    def _dead_workers(self) -> list[int]:
+        return [pid for pid, worker in self._workers.items() if not worker.is_alive()]
+
+    def _describe(self, row: tuple[int, int, int]) -> str:
+        process, key, since = row
+        seconds = (time.monotonic_ns() - since) / 1e9
+        if isinstance(self.images, IterableDataset):
+            place = f"the image after the first {key} of its share of the stream"
+        else:
+            place = f"{self.images.describe(key)} (key {key})"
+        return f"process {process} was on {place}, taken {seconds:.0f} seconds before"
+
+    def _end_workers(self) -> None:
+        """Kill those that are still there: what hangs hears nothing else, and this process would wait for it."""
+        for worker in self._workers.values():
+            worker.kill()
+            worker.join(_JOIN_SECONDS)
+
+
+@contextlib.contextmanager
+def _deaf_to_children() -> Iterator[None]:
+    """Within it torch's handler does not raise at the end of a worker."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def _how(exit_code: int | None) -> str:
+    if exit_code is None or exit_code >= 0:
+        return f"exit code {exit_code}"
+    name = signal.Signals(-exit_code).name
+    return f"{name}: perhaps memory ran out" if name == "SIGKILL" else name
+
+
+__all__ = ["LoaderError", "LoaderWatch"]

@@ -1,0 +1,151 @@
+"""A loader's worker that dies or hangs: named with its sample, in time, and nothing of it left behind."""
+
+import functools
+import multiprocessing
+import os
+import signal
+import time
+from multiprocessing.reduction import ForkingPickler
+
+import pytest
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+from green_swin_hf.loader_watch import LoaderError, LoaderWatch, _WorkerNotes
+from green_swin_hf.stop_signals import SIGNALS
+
+TIMEOUT = 60.0
+
+
+class Numbers(Dataset):
+    """Samples that are their keys; one key brings trouble."""
+
+    def __init__(self, trouble=lambda: None, key=13):
+        self.trouble, self.key = trouble, key
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, key):
+        if key == self.key:
+            self.trouble()
+        return key
+
+    def describe(self, key):
+        return f"picture {key}.png"
+
+
+class NumberStream(IterableDataset):
+    def __init__(self, trouble):
+        self.trouble = trouble
+
+    def __iter__(self):
+        for number in range(20):
+            if number == 7:
+                self.trouble()
+            yield number
+
+
+def signalled(name):
+    return functools.partial(lambda number: os.kill(os.getpid(), number), getattr(signal, name))
+
+
+def refuse():
+    raise ValueError("no such picture")
+
+
+def read_all(watch):
+    with watch.explained():
+        return torch.cat(list(watch)).tolist()
+
+
+@pytest.mark.parametrize("trouble", [lambda: time.sleep(600), signalled("SIGSTOP")], ids=["waiting", "frozen"])
+def test_a_worker_that_hangs_is_ended_and_named_with_its_sample(trouble):
+    watch = LoaderWatch(Numbers(trouble), num_workers=2, timeout=1, batch_size=4)
+    began = time.monotonic()
+    with pytest.raises(LoaderError, match=r"worker hung and was ended: .*\(worker_timeout 1\)") as caught:
+        read_all(watch)
+    assert "was on picture 13.png (key 13), taken" in str(caught.value)
+    assert time.monotonic() - began < 60  # seconds; a busy machine starts processes slowly
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        pytest.param(signalled("SIGKILL"), "SIGKILL: perhaps memory ran out", id="killed"),
+        pytest.param(signalled("SIGHUP"), "SIGHUP", id="hung-up-on"),
+        pytest.param(lambda: os._exit(3), "exit code 3", id="exited"),
+    ],
+)
+def test_a_worker_that_dies_is_named_with_its_sample(trouble, said):
+    watch = LoaderWatch(Numbers(trouble), num_workers=2, timeout=TIMEOUT, batch_size=4)
+    where = r"process \d+ was on picture 13.png \(key 13\), taken"
+    with pytest.raises(LoaderError, match=rf"worker died \({said}\): {where}"):
+        read_all(watch)
+    assert multiprocessing.active_children() == []
+
+
+def slow_collate(samples):
+    time.sleep(600 if 13 in samples else 0)
+    return torch.tensor(samples)
+
+
+def test_what_hangs_outside_of_samples_is_told_later():
+    watch = LoaderWatch(Numbers(), num_workers=1, timeout=0.2, batch_size=4, collate_fn=slow_collate)
+    with pytest.raises(LoaderError, match=r"no batch came for 2 seconds \(10 x worker_timeout\)"):
+        read_all(watch)
+    assert multiprocessing.active_children() == []
+
+
+def test_a_stream_is_watched_too():
+    watch = LoaderWatch(NumberStream(signalled("SIGKILL")), num_workers=1, timeout=TIMEOUT, batch_size=1)
+    with pytest.raises(LoaderError, match=r"was on the image after the first 7 of its share of the stream"):
+        read_all(watch)
+
+
+def read_in_vain(watch):
+    try:
+        list(watch)
+    except RuntimeError as error:  # as where it interrupts the writing of a checkpoint
+        raise OSError("cannot be written") from error
+
+
+def test_an_end_that_shows_in_another_error_is_told():
+    watch = LoaderWatch(Numbers(signalled("SIGKILL")), num_workers=1, timeout=TIMEOUT, batch_size=1)
+    with pytest.raises(LoaderError, match="picture 13"), watch.explained():
+        read_in_vain(watch)
+
+
+def test_workers_leave_the_signals_of_a_queue_to_the_training_process():
+    watch, seen = LoaderWatch(Numbers(), num_workers=1, timeout=TIMEOUT, batch_size=1), []
+    with watch.explained():
+        for batch in watch:
+            seen += batch.tolist()
+            for number in SIGNALS:
+                os.kill(multiprocessing.active_children()[0].pid, number)
+    assert seen == list(range(40))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_samples_and_other_errors_come_as_they_are(num_workers):
+    watch = functools.partial(LoaderWatch, num_workers=num_workers, timeout=TIMEOUT, batch_size=4)
+    assert read_all(watch(Numbers())) == list(range(40))
+    with pytest.raises(ValueError, match="no such picture"):
+        read_all(watch(Numbers(refuse)))
+    with pytest.raises(OSError, match="full"), watch(Numbers()).explained():
+        raise OSError("disk full")
+    assert multiprocessing.active_children() == []
+
+
+def test_notes_are_shared_with_workers_that_are_not_forked():
+    notes = _WorkerNotes(2)
+    other = ForkingPickler.loads(ForkingPickler.dumps(notes))
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    other.begin(1)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    other.take(5)
+    (process, key, _), idle = notes.rows()[1], notes.rows()[0]
+    assert (process, key) == (os.getpid(), 5)
+    assert idle[0] == 0
