@@ -4,7 +4,7 @@
     python examples/studies/group_size.py             # the study; goes on where it was stopped
 
 For every stage, windows 7 and 14, 224 and 448 px, and several mask ratios: Ω = n · (4 g C² + 2 g² C) for n groups of g
-slots (arXiv 2205.13515), where its least value lies against the window area p × p, and what a sweep over g gains over it.
+slots (arXiv 2205.13515), where it is least against the window area p × p, and what a sweep over g gains over p × p.
 Then the attention layer itself (projections, gathers, attention, output; forward and backward) is timed at some of the
 group sizes. Exit codes: 0 done, 2 wrong input, nothing written.
 """
@@ -53,7 +53,7 @@ class Settings:
     sizes: tuple[int, ...] = (224, 448)
     ratios: tuple[float, ...] = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
     timed_ratios: tuple[float, ...] = (0.5, 0.75, 0.9)
-    masks: int = 10
+    masks: int = 5
     rounds: int = 5
     threads: int = 1
     seed: int = 0
@@ -332,7 +332,9 @@ def draw_curves(costs: Sequence[Row], times: Sequence[Row], settings: Settings) 
             kit.plain_ticks(axes, [value for value in (0.25, 0.5, 1, 2, 4, 8, 16, 64) if low <= value <= high])
             title = f"window {window}, {size} px, stage {stage}"
             is_last = (window, size) == settings_of_rows[-1]
-            kit.finish(axes, "group size / p²" if is_last else "", "over p × p" if stage == 1 else "", title, False)
+            kit.finish(
+                axes, "group size / p²" if is_last else "", "Ω or time over p × p" if stage == 1 else "", title, False
+            )
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2 * len(drawn), fontsize=9)
     return figure
@@ -345,6 +347,8 @@ def select(rows: Sequence[Row], wanted: Row) -> Row | None:
 def draw_panel(axes: Any, cost: Row | None, time: Row | None, index: int) -> None:
     if cost is not None:
         x, y = zip(*cost["curve"], strict=True)
+        if len(x) == 1:
+            axes.text(0.5, 0.8, "one window", transform=axes.transAxes, ha="center", fontsize=9)
         label = f"Ω, mask ratio {cost['ratio']:g}"
         kit.draw_line(axes, [value / cost["area"] for value in x], y, index, label, marker="", linewidth=1.3)
     if time is not None:

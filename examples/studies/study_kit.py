@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarking.options import positive_int
-from benchmarking.plots import COLOURS, new_figure
+from benchmarking.plots import COLOURS, HATCHES, new_figure
 from benchmarking.report import describe_run, read_version
 from evidence_study.report import markdown_table
 from kept_rows import KeptRows, Row
@@ -267,6 +267,8 @@ def _no_ticks() -> Any:
 
 
 __all__ = [
+    "COLOURS",
+    "HATCHES",
     "PAPER_STYLE",
     "Row",
     "Study",
