@@ -75,11 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         free = ("windows", "sizes", "ratios", "timed_ratios")
         study = kit.open_study(NAME, TITLE, arguments, settings, KEYS, free)
     torch.set_num_threads(settings.threads)
-    kit.begin(study)
-    study.measure_all(list(build_cells(settings)))
-    write(study, settings)
-    print("Next: group_size='optimal' in a GreenSwinConfig lets the model sweep; 'window', the default, takes p × p.")
-    return 0
+    next_step = "group_size='optimal' in a GreenSwinConfig lets the model sweep; 'window', the default, takes p × p."
+    return kit.run_study(study, build_cells(settings), lambda: write(study, settings), next_step)
 
 
 def build_cells(settings: Settings) -> list[tuple[Row, Callable[[], Row]]]:

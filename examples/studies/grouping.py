@@ -62,7 +62,7 @@ class Settings:
     images: tuple[int, ...] = (1, 16, 64, 256)
     stages: tuple[int, ...] = (1, 2, 3, 4)
     ratio: float = 0.75
-    masks: int = 50
+    masks: int = 20
     most_steps: float = 1e7
     exact_s: float = 5
     threads: int = 1
@@ -81,15 +81,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments: Namespace = parser.parse_args(argv)
         settings = kit.choose_settings(arguments, QUICK, FULL)
         study = kit.open_study(NAME, TITLE, arguments, settings, KEYS, ("windows", "sizes", "images", "stages"))
-    kit.begin(study)
+    next_step = "python examples/benchmark.py plans times whole plans, tensors included, as a training builds them."
+    return kit.run_study(study, build_cells(settings), lambda: write(study, settings), next_step)
+
+
+def build_cells(settings: Settings) -> list[tuple[Row, Callable[[], Row]]]:
     cells: list[tuple[Row, Callable[[], Row]]] = []
     for images, size, window, stage in product(settings.images, settings.sizes, settings.windows, settings.stages):
         name = {"window": window, "size": size, "images": images, "stage": stage}
         cells.append((name, functools.partial(measure, settings, window, size, images, stage)))
-    study.measure_all(cells)
-    write(study, settings)
-    print("Next: python examples/benchmark.py plans times whole plans, tensors included, as a training builds them.")
-    return 0
+    return cells
 
 
 # Measuring
@@ -128,8 +129,11 @@ def count_groups_by_table(sizes: Sequence[int], capacity: int) -> int:
     return groups
 
 
-def pack(method: str, sizes: Sequence[int], capacity: int, settings: Settings) -> tuple[int, float] | None:
-    """Groups of `capacity` slots and milliseconds of the solve; None where it would take too long."""
+def pack(method: str, sizes: Sequence[int], capacity: int, settings: Settings) -> tuple[int, float | None] | None:
+    """Groups of `capacity` slots and milliseconds of the solve; None where it would take too long.
+
+    The exact solver has no time where another rule meets the bound: there was nothing to solve.
+    """
     if method == EXACT:
         return pack_exactly(sizes, capacity, settings)
     expected_groups = -(-sum(sizes) // capacity)
@@ -144,10 +148,12 @@ def pack(method: str, sizes: Sequence[int], capacity: int, settings: Settings) -
     return timed(solve[method])
 
 
-def pack_exactly(sizes: Sequence[int], capacity: int, settings: Settings) -> tuple[int, float] | None:
+def pack_exactly(sizes: Sequence[int], capacity: int, settings: Settings) -> tuple[int, float | None] | None:
     if importlib.util.find_spec("ortools") is None:
         return None
     known = solve_grouping(sizes, capacity).num_groups
+    if known == -(-sum(sizes) // capacity):
+        return known, None
     try:
         return timed(lambda: count_groups_exactly(sizes, capacity, known, settings.exact_s))
     except RuntimeError:
@@ -187,7 +193,7 @@ def describe(
             found = pack(method, sizes, slots[-1], settings)
             if found is None:
                 return None
-            times.append(found[1])
+            times += [found[1]] if found[1] is not None else []
         groups.append({PADDED: len(sizes), ONE: 1}[method] if method not in PACKED else found[0])
     all_slots = [count * size for count, size in zip(groups, slots, strict=True)]
     tokens = sum(map(sum, problems))
@@ -214,7 +220,7 @@ def write(study: Study, settings: Settings) -> None:
         "groups have min(window area, visible tokens) slots; with padded windows each window has a group of its area",
         f"-: not measured (table: more than {settings.most_steps:g} steps; exact: no proof in {settings.exact_s:g} s, "
         "or ortools is not installed)",
-        "exact stops at once where ours meets the lower bound of ceil(tokens / slots), and its time then says little",
+        "bound: ceil(tokens / slots); exact has no time where ours meets it, for then there is nothing to solve",
     ]
     figures = {"groups": draw_groups(rows, settings), "time": draw_time(rows), "cost": draw_cost(rows, settings)}
     kit.write_results(study, tables, figures, notes)
@@ -241,7 +247,7 @@ def draw_groups(rows: Sequence[Row], settings: Settings) -> Any:
                     if (excess := excess_of(rows, window, size, images, method)) is not None
                 ]
                 x, y = zip(*points, strict=True) if points else ((), ())
-                kit.draw_line(axes, x, y, index, method)
+                kit.draw_line(axes, x, y, index, method, markersize=10 - 1.7 * index)
             axes.set_xscale("log")
             axes.set_ylim(bottom=0)
             kit.plain_ticks(axes, settings.images)
@@ -262,7 +268,11 @@ def draw_time(rows: Sequence[Row]) -> Any:
     figure, panels = kit.new_figure(1, 1, 7.0, 4.4)
     axes = panels[0][0]
     for index, method in enumerate(PACKED):
-        points = [(row["windows"], row["methods"][method]["ms"]) for row in rows if row["methods"][method]]
+        points = [
+            (row["windows"], row["methods"][method]["ms"])
+            for row in rows
+            if row["methods"][method] and row["methods"][method]["ms"] is not None
+        ]
         x, y = zip(*points, strict=True) if points else ((), ())
         kit.draw_line(axes, x, y, index, method, linestyle="none", alpha=0.75)
     axes.set_xscale("log")

@@ -137,15 +137,27 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged; delete its folder or give another --output-dir") from None
 
 
-def begin(study: Study) -> None:
-    """Make the folder, and keep the settings there that all of its rows have."""
+def run_study(
+    study: Study, cells: Sequence[tuple[Row, Callable[[], Row]]], write: Callable[[], None], next_step: str
+) -> int:
+    """Measure what is missing, write the results; returns the exit code, 130 where it was interrupted."""
     study.output.mkdir(parents=True, exist_ok=True)
     replace_text(study.output / SETTINGS, json.dumps(study.settings, indent=2) + "\n")
-    print(f"{study.title}: {', '.join(f'{key} {_short(value)}' for key, value in study.settings.items())}", flush=True)
+    print(
+        f"{study.title}\n  {', '.join(f'{key} {_short(value)}' for key, value in study.settings.items())}", flush=True
+    )
+    try:
+        study.measure_all(cells)
+    except KeyboardInterrupt:
+        print(f"\nStopped. {len(study.rows.all())} of {len(cells)} rows are kept; the same command goes on.")
+        return 130
+    write()
+    print(f"Next: {next_step}")
+    return 0
 
 
 def _short(value: Any) -> str:
-    return "/".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "/".join(map(_short, value)) if isinstance(value, list) else str(value)
 
 
 def clock_for(threads: int) -> Callable[[], float]:
@@ -272,7 +284,6 @@ __all__ = [
     "PAPER_STYLE",
     "Row",
     "Study",
-    "begin",
     "build_parser",
     "choose_settings",
     "clock_for",
@@ -282,5 +293,6 @@ __all__ = [
     "new_figure",
     "open_study",
     "plain_ticks",
+    "run_study",
     "write_results",
 ]
