@@ -32,6 +32,8 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
 PAPER_STYLE: dict[str, Any] = {"color": "#000000", "linestyle": (0, (4, 3)), "linewidth": 1}
 EXTRA_VERSIONS = ("codecarbon", "matplotlib")
 
+RawDescription = argparse.RawDescriptionHelpFormatter
+
 Settings = TypeVar("Settings")
 
 
@@ -40,7 +42,7 @@ Settings = TypeVar("Settings")
 
 def build_parser(description: str | None, name: str) -> OneLineParser:
     """A parser with the flags that every study has."""
-    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=description, formatter_class=RawDescription)
     parser.add_argument("--quick", action="store_true", help="small numbers that show that it runs: a minute or two")
     parser.add_argument(
         "--output-dir",
@@ -157,7 +159,13 @@ def run_study(
 
 
 def _short(value: Any) -> str:
-    return "/".join(map(_short, value)) if isinstance(value, list) else str(value)
+    """
+    >>> _short([["tiny", 224, 1], ["base", 224, 1]]), _short([7, 14]), _short("fp32")
+    ('tiny:224:1 base:224:1', '7 14', 'fp32')
+    """
+    if not isinstance(value, list):
+        return str(value)
+    return " ".join(":".join(map(str, each)) if isinstance(each, list) else str(each) for each in value)
 
 
 def clock_for(threads: int) -> Callable[[], float]:
@@ -196,7 +204,7 @@ def write_results(
     replace_text(study.output / RESULTS, json.dumps(report, indent=2) + "\n")
     replace_text(study.output / TABLE, _page(study, report, tables, figures, notes))
     written = [TABLE, RESULTS, ROWS, *(f"{name}.png" for name in figures)]
-    print(f"Measured {len(rows)} rows in {_duration(took)}. Wrote to {study.output}: {', '.join(written)}", flush=True)
+    print(f"Measured {len(rows)} rows in {duration(took)}. Wrote to {study.output}: {', '.join(written)}", flush=True)
 
 
 def _clock_words(study: Study) -> str:
@@ -209,7 +217,7 @@ def _page(
 ) -> str:
     machine, versions = report["machine"], report["versions"]
     about = f"{machine['cpu']}, {machine['cores']} cores; torch {versions['torch']}, transformers "
-    about += f"{versions['transformers']}; {report['date'][:10]}; {_duration(report['took_s'])}; times are "
+    about += f"{versions['transformers']}; {report['date'][:10]}; {duration(report['took_s'])}; times are "
     about += f"{report['clock']}"
     parts = [f"# {study.title}", about + "."]
     parts += [f"**{title}**\n\n{to_markdown(rows)}" for title, rows in tables.items() if rows]
@@ -236,7 +244,7 @@ def format_cell(value: Any) -> str:
     return str(value)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 

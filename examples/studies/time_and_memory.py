@@ -1,8 +1,8 @@
 """Time and memory of a training step: GreenSwin against transformers' SimMIM, over image sizes and batches.
 
-    python examples/studies/time_and_memory.py --quick                # does it run? a minute or two
-    python examples/studies/time_and_memory.py                        # Swin-T, -B and -L, hours on two cores
-    python examples/studies/time_and_memory.py --variants tiny,base   # leaves Swin-L out; goes on where it was stopped
+    python examples/studies/time_and_memory.py --quick                            # does it run? a minute or two
+    python examples/studies/time_and_memory.py                                    # Swin-T, -B and -L, an hour or more
+    python examples/studies/time_and_memory.py --points tiny:224:8,base:448:1     # only these; goes on with a study
 
 Both models run in processes of their own and step in turn, so that what else the machine does meets both; the ratio is
 taken round by round. GreenSwin masks each image for itself and computes masks and plans inside the step. On a GPU:
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this folder's scripts use the examples beside it
 from benchmarking.contenders import Contender
 from benchmarking.interleave import Measurement, Schedule, measure_interleaved
-from benchmarking.options import SWIN_VARIANTS, list_of, one_of, positive_int
+from benchmarking.options import SWIN_VARIANTS, list_of, masked_image_size, one_of, positive_int
 from benchmarking.report import MEGABYTE
 from benchmarking.statistics_of_rounds import summarize, summarize_ratios
 
@@ -51,7 +51,6 @@ SMALL_WINDOW = {192: 6}  # as SimMIM's own models at 192 px; stock Swin's window
 @dataclass(frozen=True)
 class Settings:
     points: tuple[tuple[str, int, int], ...] = FULL_POINTS
-    variants: tuple[str, ...] = ("tiny", "base", "large")
     precision: str = "fp32"
     mask_ratio: float = 0.75
     masks: str = "per-image"
@@ -68,25 +67,34 @@ QUICK = Settings(points=QUICK_POINTS, rounds=1, pause=0.0)
 def main(argv: Sequence[str] | None = None) -> int:
     with one_line_errors(f"{NAME}.py"):
         parser = kit.build_parser(__doc__, NAME)
-        parser.add_argument("--variants", type=list_of(one_of(*SWIN_VARIANTS[:4])), help="default: tiny,base,large")
+        parser.add_argument("--points", type=list_of(read_point), help="variant:pixels:batch, with commas between")
         parser.add_argument("--rounds", type=positive_int, help=f"timed steps of each (default: {FULL.rounds})")
         parser.add_argument("--precision", type=one_of("fp32", "bf16"), help="default: fp32")
         arguments: Namespace = parser.parse_args(argv)
         settings = kit.choose_settings(arguments, QUICK, FULL)
-        study = kit.open_study(NAME, TITLE, arguments, settings, KEYS, ("points", "variants", "precision"))
-        if not any(point[0] in settings.variants for point in settings.points):
-            raise ValueError(f"--variants {','.join(settings.variants)}: the study has no such points; take "
-                             f"{','.join(dict.fromkeys(point[0] for point in settings.points))}")  # fmt: skip
+        study = kit.open_study(NAME, TITLE, arguments, settings, KEYS, ("points", "precision"))
     next_step = "python examples/benchmark.py training adds Hiera and ViT-MAE, and measures on a GPU too."
     return kit.run_study(study, build_cells(settings), lambda: write(study), next_step)
+
+
+def read_point(text: str) -> tuple[str, int, int]:
+    """
+    >>> read_point("tiny:224:8")
+    ('tiny', 224, 8)
+    """
+    variant, _, rest = text.partition(":")
+    size, _, batch = rest.partition(":")
+    try:
+        return one_of(*SWIN_VARIANTS)(variant), masked_image_size(size), positive_int(batch)
+    except ArgumentTypeError as error:
+        raise ArgumentTypeError(f"{text!r} must be variant:pixels:batch such as tiny:224:8; {error}") from None
 
 
 def build_cells(settings: Settings) -> list[tuple[Row, Callable[[], Row]]]:
     cells: list[tuple[Row, Callable[[], Row]]] = []
     for variant, size, batch in settings.points:
-        if variant in settings.variants:
-            name = {"variant": variant, "size": size, "batch": batch, "precision": settings.precision}
-            cells.append((name, functools.partial(measure, settings, variant, size, batch)))
+        name = {"variant": variant, "size": size, "batch": batch, "precision": settings.precision}
+        cells.append((name, functools.partial(measure, settings, variant, size, batch)))
     return cells
 
 
