@@ -15,13 +15,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent))  # this folder's scripts use the examples beside it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this folder's scripts use the examples beside it
 from benchmarking.options import list_of, one_of, positive_int
 
 from green_swin_hf.training import OneLineParser, check_output_folder, one_line_errors
 from studies import study_kit as kit
 
+FOLDER = Path(__file__).resolve().parent
 # In the order of the issue that they answer; a script that is not there is left out.
 ORDER = ("group_size", "grouping", "time_and_memory", "window_and_decoder_cost", "quality", "energy")
 STUDIES = tuple(name for name in ORDER if (FOLDER / f"{name}.py").is_file())
