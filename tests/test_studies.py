@@ -127,7 +127,9 @@ def test_attention_does_not_depend_on_the_group_size_that_is_timed(size):
     torch.testing.assert_close(attend(regrouped), attend(plan))
 
 
-MICRO = group_size.Settings(windows=(7,), sizes=(64,), ratios=(0.5,), timed_ratios=(0.5,), masks=2, rounds=1)
+MICRO = group_size.Settings(
+    windows=(7,), sizes=(64,), ratios=(0.5,), timed_ratios=(0.5,), masks=2, rounds=1, variant="tiny"
+)
 
 
 def test_group_size_runs_and_repeats_nothing(tmp_path, monkeypatch):
@@ -137,7 +139,7 @@ def test_group_size_runs_and_repeats_nothing(tmp_path, monkeypatch):
     assert [len(rows) for rows in report["tables"].values()] == [1, 4, 4]
     rows = (tmp_path / "study" / "rows.jsonl").read_bytes()
     for name in ("measure_cost", "measure_time"):
-        monkeypatch.setattr(group_size, name, None)  # nothing is left to call it for
+        monkeypatch.setattr(group_size, name, lambda *words: pytest.fail("measured again"))
     assert run(group_size, tmp_path / "study")["took_s"] == report["took_s"]
     assert (tmp_path / "study" / "rows.jsonl").read_bytes() == rows
 
@@ -184,7 +186,6 @@ def test_grouping_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(grouping, "QUICK", settings)
     report = run(grouping, tmp_path)
     check_folder(tmp_path, "grouping", ["groups", "time", "cost"])
-    assert {row["Ω over that of ours"] for row in report["tables"].values() if "Ω over that of ours" in row} == set()
     for row in report["tables"]["Ω over that of ours"]:
         assert row["ours"] == 1
         assert row["padded windows"] >= 1
