@@ -52,8 +52,8 @@ EPOCH = 8000  # images, those of the embedded data set
 class Settings:
     """`epochs` of the small model and `steps` of Swin-T in each round."""
 
-    epochs: float = 3
-    steps: int = 8
+    epochs: float = 1
+    steps: int = 4
     batch: int = 8
     rounds: int = 3
     threads: int = 1
