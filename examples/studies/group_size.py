@@ -112,6 +112,11 @@ def cost_curve(sizes: Sequence[int], area: int, channels: int) -> dict[int, int]
     return {size: attention_cost(solve_grouping(sizes, size).num_groups, size, channels) for size in candidates}
 
 
+@functools.cache
+def swin(variant: str) -> GreenSwinConfig:
+    return GreenSwinConfig(**VARIANTS[variant])
+
+
 def partitions_of(size: int, window: int, stage: int) -> list[Partition]:
     return [partition for partition in build_partitions(size, window) if partition.stage == stage]
 
@@ -120,7 +125,7 @@ def measure_cost(settings: Settings, window: int, size: int, ratio: float, stage
     """Means over masks and over the regular and the shifted windows of a stage."""
     generator = random.Random(settings.seed)
     units = [sample_visible_units(size, ratio, generator) for _ in range(settings.masks)]
-    channels = VARIANTS[settings.variant]["embed_dim"] * 2 ** (stage - 1)
+    channels = swin(settings.variant).stage_channels[stage - 1]
     partitions = partitions_of(size, window, stage)
     area = partitions[0].window_area
     side = size // MASK_UNIT_SIZE
@@ -268,7 +273,7 @@ def write(study: Study, settings: Settings) -> None:
 
 def network_rows(costs: Sequence[Row], settings: Settings) -> list[Row]:
     """Ω summed over the blocks of all stages, without and with the sweep."""
-    depths = VARIANTS[settings.variant]["depths"]
+    depths = swin(settings.variant).depths
     rows = []
     for window, size, ratio in product(settings.windows, settings.sizes, settings.ratios):
         found = [row for row in costs if (row["window"], row["size"], row["ratio"]) == (window, size, ratio)]

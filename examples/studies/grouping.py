@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this folder's sc
 from benchmarking.grouping import count_groups_exactly, count_visible_tokens, sample_visible_units, timed
 from benchmarking.options import MASK_UNIT_SIZE, positive_int
 
-from green_swin_hf import VARIANTS
 from green_swin_hf.training import one_line_errors
 from green_swin_hf.window_grouping import (
     attention_cost,
@@ -36,7 +35,7 @@ from green_swin_hf.window_grouping import (
     solve_subset_sum_grouping,
 )
 from studies import study_kit as kit
-from studies.group_size import partitions_of
+from studies.group_size import partitions_of, swin
 from studies.study_kit import Row, Study
 
 NAME, TITLE = "grouping", "Grouping windows: rules against each other"
@@ -165,7 +164,7 @@ def measure(settings: Settings, window: int, size: int, images: int, stage: int)
     generator = random.Random(settings.seed)
     pools = max(1, min(settings.masks, settings.masks // images))
     masks = [sample_visible_units(size, settings.ratio, generator) for _ in range(pools * images)]
-    channels = VARIANTS[settings.variant]["embed_dim"] * 2 ** (stage - 1)
+    channels = swin(settings.variant).stage_channels[stage - 1]
     partitions = partitions_of(size, window, stage)
     area, side = partitions[0].window_area, size // MASK_UNIT_SIZE
     problems = []
@@ -308,7 +307,7 @@ def relative_cost(rows: Sequence[Row], window: int, size: int, method: str, sett
     found = [row for row in rows if (row["window"], row["size"], row["images"]) == (window, size, 1)]
     if not found or any(row["methods"][method] is None for row in found):
         return None
-    depths = VARIANTS[settings.variant]["depths"]
+    depths = swin(settings.variant).depths
     mine, ours = (
         sum(depths[row["stage"] - 1] * row["methods"][name]["omega"] for row in found) for name in (method, OURS)
     )
