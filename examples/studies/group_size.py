@@ -259,12 +259,16 @@ def write(study: Study, settings: Settings) -> None:
     tables = {
         "Attention of the whole encoder: Ω of the sweep against groups of p × p": network_rows(costs, settings),
         "Ω by stage (means over masks, regular and shifted windows)": [cost_row(row) for row in costs],
+        "Attention of the whole encoder: measured time, each stage's layer times its blocks": time_totals(
+            times, settings
+        ),
         "Measured time of the attention layer, forward and backward": [time_row(row) for row in times],
     }
     notes = [
         "optimum/p²: the group size of least Ω over the window area; window areas are clamped to the grid of the stage",
         "gain: Ω (or time) saved by the best group size, in per cent of that at p × p; where fewer tokens are visible "
         "than a window holds, p × p is one group of all",
+        "fastest: of some group sizes, after the fact; least Ω is what a sweep can know before",
         "measured: shifted windows, one mask for the batch; sizes whose scores would not fit were left out",
     ]
     figures = {"curves": draw_curves(costs, times, settings), "optimum": draw_optimum(costs, settings)}
@@ -284,6 +288,21 @@ def network_rows(costs: Sequence[Row], settings: Settings) -> list[Row]:
             {"window": window, "image px": size, "mask ratio": ratio, "Ω at p × p, G": at_area / 1e9}
             | {"Ω of the sweep, G": least / 1e9, "gain %": 100 * (1 - least / at_area)}
         )
+    return rows
+
+
+def time_totals(times: Sequence[Row], settings: Settings) -> list[Row]:
+    """Milliseconds over the blocks of all stages, and what the fastest and the sizes of least Ω save."""
+    depths, rows = swin(settings.variant).depths, []
+    for window, size, ratio in product(settings.windows, settings.sizes, settings.timed_ratios):
+        stages = [time_row(row) for row in times if matches(row, {"window": window, "size": size, "ratio": ratio})]
+        weights = [depths[row["stage"] - 1] * row["ms at p²"] for row in stages]
+        fastest, chosen = (
+            sum(weight * (row[key] or 0) for weight, row in zip(weights, stages, strict=True)) / sum(weights)
+            for key in ("gain %", "its gain %")
+        )
+        line: Row = {"window": window, "image px": size, "mask ratio": ratio, "batch": stages[0]["batch"]}
+        rows.append(line | {"ms at p × p": sum(weights), "gain of the fastest %": fastest, "of least Ω %": chosen})
     return rows
 
 
@@ -324,6 +343,8 @@ def draw_curves(costs: Sequence[Row], times: Sequence[Row], settings: Settings) 
             for index, ratio in enumerate(drawn):
                 here = {"window": window, "size": size, "ratio": ratio, "stage": stage}
                 draw_panel(axes, select(costs, here), select(times, here), index)
+            if all(len(row["curve"]) == 1 for row in costs if matches(row, {**here, "ratio": row["ratio"]})):
+                axes.text(0.5, 0.8, "one window holds all", transform=axes.transAxes, ha="center", fontsize=9)
             axes.axvline(1, color="#000000", linewidth=0.8, linestyle=":")
             axes.axhline(1, color="#000000", linewidth=0.8, linestyle=":")
             axes.set_xscale("log")
@@ -343,14 +364,16 @@ def draw_curves(costs: Sequence[Row], times: Sequence[Row], settings: Settings) 
 
 
 def select(rows: Sequence[Row], wanted: Row) -> Row | None:
-    return next((row for row in rows if all(row[key] == value for key, value in wanted.items())), None)
+    return next((row for row in rows if matches(row, wanted)), None)
+
+
+def matches(row: Row, wanted: Row) -> bool:
+    return all(row[key] == value for key, value in wanted.items())
 
 
 def draw_panel(axes: Any, cost: Row | None, time: Row | None, index: int) -> None:
     if cost is not None:
         x, y = zip(*cost["curve"], strict=True)
-        if len(x) == 1:
-            axes.text(0.5, 0.8, "one window", transform=axes.transAxes, ha="center", fontsize=9)
         label = f"Ω, mask ratio {cost['ratio']:g}"
         kit.draw_line(axes, [value / cost["area"] for value in x], y, index, label, marker="", linewidth=1.3)
     if time is not None:
