@@ -309,6 +309,7 @@ def test_numbers_of_different_settings_are_not_mixed(tmp_path, monkeypatch, caps
     monkeypatch.setattr(group_size, "QUICK", MICRO)
     run(group_size, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         group_size.main(["--quick", "--output-dir", str(tmp_path), "--masks", "3"])
     assert stopped.value.code == 2

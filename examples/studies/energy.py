@@ -158,7 +158,7 @@ def write(study: Study) -> None:
         f"An epoch of {EPOCH:,} images: means over rounds": mean_rows(rows),
         "SimMIM's over GreenSwin's, in each round": ratio_rows(rows),
     }
-    rated = "it has none: the estimate is the processor's rated power times its load, and a fixed power of the memory"
+    rated = "it has none: power is the processor's rated one times its load, and a fixed one of the memory"
     source = next((row["source"] for row in rows if row["source"]), "codecarbon, which gave no estimate")
     notes = [
         f"energy: {source}; what else it was doing is in it",
@@ -210,7 +210,8 @@ def draw(rows: Sequence[Row]) -> Any:
             style = {"color": kit.COLOURS[index], "hatch": kit.HATCHES[index], "edgecolor": "white"}
             axes.bar(index, statistics.mean(values), width=0.6, **style)
             axes.plot([index] * len(values), values, "o", color="#000000", markersize=4)
-            axes.text(index, max(values), f"{statistics.mean(values):.3g}", ha="center", va="bottom", fontsize=9)
+            text = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+            axes.annotate(f"{statistics.mean(values):.3g}", (index, max(values)), **text)
         axes.set_xticks(range(len(METHODS)), list(METHODS.values()))
         axes.margins(y=0.15)
         kit.finish(axes, "", f"estimated Wh for {EPOCH:,} images", model, False)

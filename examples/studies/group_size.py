@@ -377,10 +377,10 @@ def draw_panel(axes: Any, cost: Row | None, time: Row | None, index: int) -> Non
         label = f"Ω, mask ratio {cost['ratio']:g}"
         kit.draw_line(axes, [value / cost["area"] for value in x], y, index, label, marker="", linewidth=1.3)
     if time is not None:
-        x = [point["group_size"] / time["area"] for point in time["points"]]
+        places = [point["group_size"] / time["area"] for point in time["points"]]
         label = f"time, mask ratio {time['ratio']:g}"
         style = {"linestyle": "none", "markeredgecolor": "#000000", "markeredgewidth": 0.5}
-        kit.draw_line(axes, x, [point["relative"] for point in time["points"]], index, label, **style)
+        kit.draw_line(axes, places, [point["relative"] for point in time["points"]], index, label, **style)
 
 
 def draw_optimum(costs: Sequence[Row], settings: Settings) -> Any:
@@ -399,8 +399,10 @@ def draw_optimum(costs: Sequence[Row], settings: Settings) -> Any:
         panels[0][column].set_ylim(0, None)
         panels[1][column].set_ylim(0, None)
         title = f"window {window}, {size} px"
-        kit.finish(panels[0][column], "mask ratio", "" if column else "best group size / p²", title, column == 0)
+        kit.finish(panels[0][column], "", "" if column else "best group size / p²", title, False)
         kit.finish(panels[1][column], "mask ratio", "" if column else "gain in Ω over p × p, %", "", False)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=9)
     return figure
 
 

@@ -188,12 +188,14 @@ def describe(
     groups, times, slots = [], [], []
     for sizes in problems:
         slots.append({PADDED: area, ONE: sum(sizes)}.get(method, min(area, sum(sizes))))
-        if method in PACKED:
+        if method not in PACKED:
+            groups.append(len(sizes) if method == PADDED else 1)
+        else:
             found = pack(method, sizes, slots[-1], settings)
             if found is None:
                 return None
+            groups.append(found[0])
             times += [found[1]] if found[1] is not None else []
-        groups.append({PADDED: len(sizes), ONE: 1}[method] if method not in PACKED else found[0])
     all_slots = [count * size for count, size in zip(groups, slots, strict=True)]
     tokens = sum(map(sum, problems))
     return {
