@@ -136,7 +136,7 @@ def test_group_size_runs_and_repeats_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(group_size, "QUICK", MICRO)
     report = run(group_size, tmp_path / "study")
     check_folder(tmp_path / "study", "group_size", ["curves", "optimum"])
-    assert [len(rows) for rows in report["tables"].values()] == [1, 4, 4]
+    assert [len(rows) for rows in report["tables"].values()] == [1, 4, 1, 4]
     rows = (tmp_path / "study" / "rows.jsonl").read_bytes()
     for name in ("measure_cost", "measure_time"):
         monkeypatch.setattr(group_size, name, lambda *words: pytest.fail("measured again"))
