@@ -186,7 +186,8 @@ def draw(rows: Sequence[Row]) -> Any:
         other = "batch" if axis == "size" else "size"
         for index, variant in enumerate(dict.fromkeys(row["variant"] for row in rows)):
             line = curve(rows, variant, axis, other)
-            label = f"Swin-{variant[0].upper()}, {f'batch {line[0][other]}' if axis == 'size' else '224 px'}"
+            fixed = f"batch {line[0][other]}" if axis == "size" else f"{line[0][other]} px"
+            label = f"Swin-{variant[0].upper()}, {fixed}"
             x = [row[axis] for row in line]
             draw_speedup(panels[0][column], x, line, index, label)
             kit.draw_line(panels[1][column], x, [row["memory_ratio"] for row in line], index, label)
