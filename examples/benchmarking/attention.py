@@ -62,17 +62,19 @@ def draw_inputs(config: Any, plan: Any, stage: int, images: int, precision: str,
     return [tensor.requires_grad_() for tensor in tensors]
 
 
-def time_in_turns(steps: dict[str, Callable[[], None]], warmup: int, rounds: int) -> dict[str, list[float]]:
+def time_in_turns(
+    steps: dict[str, Callable[[], None]], warmup: int, rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each step in each round, after rounds that are not counted; who begins changes from round to round."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for index in range(warmup + rounds):
         first = index % len(names)
         for name in names[first:] + names[:first]:
-            start = time.perf_counter()
+            start = clock()
             steps[name]()
             if index >= warmup:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 

@@ -1,7 +1,7 @@
 """What is compared: models of one size class, built with random weights and without any drop rate."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -69,6 +69,7 @@ class Contender:
         attention: attention implementation of transformers; the model's default if `None`.
         backend: of `torch.compile`; eager if `None`.
         same_masks: whether every step draws the masks of the first one, so that all have the same shapes.
+        config: fields of a Swin's configuration that differ from the variant's.
     """
 
     kind: str
@@ -84,6 +85,7 @@ class Contender:
     attention: str | None = None
     backend: str | None = None
     same_masks: bool = False
+    config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -93,6 +95,7 @@ class Contender:
             words.append(f"{self.masks} masks")
         if self.kind == "hiera":
             words.append(f"ratio {self.mask_ratio:g}")
+        words += [f"{name} {value}" for name, value in self.config.items()]
         words += [word for word in (self.attention, self.backend and "compiled") if word]
         return ", ".join(words)
 
@@ -131,14 +134,16 @@ def _green_swin_config(contender: Contender, **overrides: Any) -> GreenSwinConfi
     small = {"decoder_hidden_size": 32, "decoder_num_attention_heads": 2, "decoder_intermediate_size": 64}
     overrides |= small if contender.variant == "micro" else {}
     fields = SWIN_VARIANTS[contender.variant] | {"image_size": contender.image_size, "drop_path_rate": 0.0}
-    return GreenSwinConfig(**fields, mask_ratio=contender.mask_ratio, **_options(contender), **overrides)
+    fields |= {"mask_ratio": contender.mask_ratio} | overrides | contender.config
+    return GreenSwinConfig(**fields, **_options(contender))
 
 
 def _swin_config(contender: Contender, **overrides: Any) -> Any:
     from transformers import SwinConfig
 
     fields = SWIN_VARIANTS[contender.variant] | {"image_size": contender.image_size, "drop_path_rate": 0.0}
-    return SwinConfig(**fields, encoder_stride=MASK_UNIT_SIZE, **_options(contender), **overrides)
+    fields |= overrides | contender.config
+    return SwinConfig(**fields, encoder_stride=MASK_UNIT_SIZE, **_options(contender))
 
 
 def _build_green_swin(contender: Contender) -> tuple[nn.Module, nn.Module]:

@@ -85,7 +85,7 @@ def count_visible_tokens(visible_units: Sequence[int], units_per_side: int, part
     return list(windows.values())
 
 
-def count_groups_exactly(sizes: Sequence[int], capacity: int, upper_bound: int) -> int:
+def count_groups_exactly(sizes: Sequence[int], capacity: int, upper_bound: int, seconds: float = 60) -> int:
     """The fewest groups of any packing, by CP-SAT on the arc-flow model of bin packing.
 
     A node is a load of a group, an arc from load to load + size a window of that size put on top; a group is
@@ -95,9 +95,10 @@ def count_groups_exactly(sizes: Sequence[int], capacity: int, upper_bound: int) 
         sizes: tokens in each window.
         capacity: most tokens that a group may hold.
         upper_bound: groups of a packing that is known; returned at once where it meets the lower bound.
+        seconds: given to the solver.
 
     Raises:
-        RuntimeError: no proof within a minute.
+        RuntimeError: no proof within that time.
     """
     lower_bound = -(-sum(sizes) // capacity)
     if upper_bound == lower_bound:
@@ -118,9 +119,9 @@ def count_groups_exactly(sizes: Sequence[int], capacity: int, upper_bound: int) 
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
     solver.parameters.linearization_level = 2
-    solver.parameters.max_time_in_seconds = 60
+    solver.parameters.max_time_in_seconds = seconds
     if solver.solve(model) != cp_model.OPTIMAL:
-        raise RuntimeError(f"CP-SAT gave no proof within 60 s: sizes {sorted(sizes)}, capacity {capacity}")
+        raise RuntimeError(f"CP-SAT gave no proof within {seconds:g} s: sizes {sorted(sizes)}, capacity {capacity}")
     return round(solver.objective_value)
 
 

@@ -93,16 +93,18 @@ class Step:
             self.optimizer.zero_grad(set_to_none=True)
 
     def __call__(self) -> dict[str, float]:
-        """One step: its wall time in seconds, and the part of it spent on masks and plans on the host."""
+        """One step: its seconds by the wall clock, those that this process computed (all its threads together), and the
+        part of the wall time spent on masks and plans on the host."""
         self.synchronize()
-        start = time.perf_counter()
+        start, computed = time.perf_counter(), time.process_time()
         self.clear_gradients()
         before_masks = time.perf_counter()
         masks = self.draw_masks()
         host_seconds = time.perf_counter() - before_masks
         self.compute(masks)
         self.synchronize()
-        return {"seconds": time.perf_counter() - start, "host_seconds": host_seconds}
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - computed
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "host_seconds": host_seconds}
 
     def describe(self) -> dict[str, Any]:
         """Sizes of the model in parameters, and the attention in use."""
