@@ -62,7 +62,10 @@ class Cells:
         return [cell for place in places if (cell := self.best_finetuning(*place))]
 
     def of_kind(self, kind: str) -> list[Cell]:
-        return [cell for cell in self._cells.values() if cell["kind"] == kind]
+        return [cell for cell in self.all() if cell["kind"] == kind]
+
+    def all(self) -> list[Cell]:
+        return list(self._cells.values())
 
 
 def _name(cell: Cell) -> tuple[Any, ...]:
