@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     output.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, output / "recipe.yaml")
     work = order_of_work(settings_of(arguments.only), recipe.seeds)
-    print(f"Quality under a fixed budget: {len(work)} settings with their seeds\n  {describe(run)}\n  output: {output}")
+    print(f"Quality under a fixed budget: {len(work)} settings with their seeds")
+    print(f"  images   {describe(run)}\n  output   {output}", flush=True)
     for name, seed in tqdm(work, desc="settings", mininterval=1):
         new = complete(run, name, seed)
         for cell in new:
@@ -72,9 +73,15 @@ def main(argv: list[str] | None = None) -> int:
     written = write_results(run)
     print((output / "table.md").read_text(encoding="utf-8"))
     print(f"Done in {(time.monotonic() - started) / 60:.1f} minutes. Wrote to {output}: {', '.join(written)}")
-    more = " ".join(map(str, range(len(recipe.seeds) + 2)))
-    print(f"Next, more seeds for example: python {sys.argv[0]} --output-dir {output} --seeds {more}")
+    print(f"Next, {next_step(arguments, recipe)}")
     return 0
+
+
+def next_step(arguments: Namespace, recipe: QualityRecipe) -> str:
+    if arguments.quick:
+        return "the full study, hours on one core: python examples/studies/quality.py"
+    seeds = " ".join(map(str, range(max(recipe.seeds) + 3)))
+    return f"more seeds: python examples/studies/quality.py --output-dir {arguments.output_dir} --seeds {seeds}"
 
 
 # Input

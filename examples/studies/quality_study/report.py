@@ -22,6 +22,7 @@ MEASURES = {
 }
 BASELINES = {PIXELS: "raw pixels", SCRATCH: "random weights"}
 SEEDS_FOR_AN_INTERVAL = 3
+NARROWEST_AXIS = 4.0  # points; less would make noise look like a finding
 # Okabe and Ito, told apart by any eye, and markers for who sees no colour; a seed each.
 SEED_STYLES = (("#0072B2", "o"), ("#D55E00", "^"), ("#009E73", "s"), ("#CC79A7", "D"), ("#E69F00", "v"))
 
@@ -141,6 +142,9 @@ def draw(cells: Cells, study: Study, path: Path, heading: str) -> None:
         _draw_measure(axes, cells, study, measure, seeds)
         axes.set_title(title + _baselines(cells, measure), fontsize=9)
         axes.set_xlabel("test accuracy, %")
+        low, high = axes.get_xlim()
+        room = max(0.0, NARROWEST_AXIS - (high - low)) / 2
+        axes.set_xlim(low - room, high + room)
         axes.grid(axis="x", alpha=0.3)
     row[0].set_yticks(range(len(study.labels)), study.labels.values())
     row[0].set_ylim(len(study.labels) - 0.4, -0.6)  # the first on top
