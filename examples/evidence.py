@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import sys
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
@@ -29,6 +28,7 @@ from evidence_study import report
 from evidence_study.arms import ARMS, Arm
 from evidence_study.cells import Cell, Cells
 from evidence_study.finetuning import build_classifier, finetune
+from evidence_study.folder import check_same_study, replace_text
 from evidence_study.pretraining import pretrain
 from evidence_study.probes import feature_function, probe
 from evidence_study.recipe import EvidenceRecipe
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe = read_recipe(arguments)
         check_output_folder(arguments.output_dir)
         check_same_study(recipe, arguments.output_dir)
-        device = choose_device(recipe)
+        device = recipe.choose_device()
         torch.set_num_threads(recipe.threads)
         task = load_task(recipe)
         cells = Cells(arguments.output_dir / "cells.jsonl")
@@ -111,22 +111,6 @@ def read_recipe(arguments: Namespace) -> EvidenceRecipe:
     default = QUICK_RECIPE if arguments.quick else DEFAULT_RECIPE
     path = arguments.recipe or (kept if kept.is_file() else default)
     return load_recipe(path, EvidenceRecipe).with_flags(flag_overrides(arguments, EvidenceRecipe))
-
-
-def check_same_study(recipe: EvidenceRecipe, output: Path) -> None:
-    """Raise a `ValueError` where a folder holds cells of a study with other settings: they must not be mixed."""
-    kept = output / "recipe.yaml"
-    if not kept.is_file():
-        return
-    for name, (now, then) in recipe.differences(load_recipe(kept, EvidenceRecipe)).items():
-        raise ValueError(f"{output} holds a study with {name} {then}, not {now}; give another --output-dir")
-
-
-def choose_device(recipe: EvidenceRecipe) -> torch.device:
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' is not available here; give --device cpu")
-    wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(wanted if recipe.device == "auto" else recipe.device)
 
 
 # Cells
@@ -245,12 +229,6 @@ def write_results(study: Study) -> None:
     replace_text(study.output / "results.json", json.dumps(summary, indent=2) + "\n")
     replace_text(study.output / "tables.md", report.tables(study.cells))
     report.draw(study.cells, study.output / "accuracy.png", describe(study))
-
-
-def replace_text(path: Path, text: str) -> None:
-    partial = Path(f"{path}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def describe(study: Study) -> str:

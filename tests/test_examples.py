@@ -266,7 +266,7 @@ def test_override_cannot_change_the_model_and_is_for_runs_that_go_on(grey_images
 def test_two_processes_with_half_the_batch_train_as_one(grey_images, tmp_path):
     flags = ["--data", grey_images, *TINY, "--max-steps", 4, "--validation-images", 0, "--save-every", 0]
     assert run_pretrain("--output-dir", tmp_path / "one", *flags) == 0
-    config = ROOT / "examples" / "accelerate" / "one_machine.yaml"
+    config = ROOT / "examples" / "launch" / "one_machine.yaml"
     launch = ["--config_file", config, "--num_processes", 2, "--main_process_port", 0]
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch, PRETRAIN, *flags, "--batch-size", 4]
     done = run_command(*command, "--output-dir", tmp_path / "two", ACCELERATE_USE_CPU="true")

@@ -16,7 +16,7 @@ from test_sharding import FSDP
 
 from green_swin_hf import GreenSwinConfig, GreenSwinForMaskedImageModeling
 
-LAUNCH = Path(scaling.__file__).resolve().parent / "accelerate"
+LAUNCH = Path(scaling.__file__).resolve().parent / "launch"
 PARTS = scaling.Parts(
     parameters=10**8,
     flops=2e10,

@@ -1,4 +1,4 @@
-"""Fine-tuning until the validation curve is flat, by one rule for every arm."""
+"""Fine-tuning until the validation curve is flat, by one rule for every arm, or for a fixed number of updates."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 
 from green_swin_hf import GreenSwinForImageClassification
 from green_swin_hf.data import seeded_generator
-from green_swin_hf.optimization import build_optimizer
+from green_swin_hf.optimization import build_optimizer, cosine_schedule
 
 from .pretraining import MAX_GRAD_NORM, Stopwatch
-from .recipe import EvidenceRecipe
+from .recipe import EvidenceRecipe, StudyRecipe
 from .tasks import Split, Task, shuffled
 
 _HEAD, _ORDER, _IMAGES, _DROP_PATH = 11, 12, 13, 14
@@ -58,7 +58,7 @@ class FlatCurve:
 
 
 def build_classifier(
-    recipe: EvidenceRecipe, num_classes: int, seed: int, pretrained: Path | None
+    recipe: StudyRecipe, num_classes: int, seed: int, pretrained: Path | None
 ) -> GreenSwinForImageClassification:
     """A classifier on the encoder of a pretrained folder (GreenSwin's or stock Swin's), or on random weights."""
     with torch.random.fork_rng(devices=[]):
@@ -131,6 +131,36 @@ def finetune(
         "curve": [round(value, 4) for value in curve],
         **stopwatch.read(),
     }
+
+
+def finetune_for(
+    updates: int,
+    model: nn.Module,
+    recipe: StudyRecipe,
+    task: Task,
+    labelled: Split,
+    *,
+    learning_rate: float,
+    seed: int,
+    device: torch.device,
+    title: str = "",
+) -> dict[str, Any]:
+    """Train `model` for a fixed number of updates, the learning rate falling to zero; nothing is chosen on the way.
+
+    Returns:
+        `test` accuracy at the end, `steps`, and the time.
+    """
+    model.to(device)
+    optimizer = build_optimizer(model, learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.999))
+    schedule = cosine_schedule(optimizer, min(WARMUP_STEPS, updates), updates)
+    batches = _batches(task, labelled, min(recipe.finetune_batch_size, len(labelled)), seed, device)
+    stopwatch = Stopwatch()
+    with torch.random.fork_rng():
+        torch.manual_seed(seeded_generator(seed, _DROP_PATH).initial_seed())
+        for _ in tqdm(range(updates), desc=title, mininterval=1, leave=False):
+            _update(model, optimizer, *next(batches))
+            schedule.step()
+    return {"test": accuracy(model, task, task.test, device), "steps": updates, **stopwatch.read()}
 
 
 def updates_between_looks(recipe: EvidenceRecipe, updates_of_a_pass: int) -> int:

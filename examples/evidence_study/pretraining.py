@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from green_swin_hf.checkpointing import replace_files
 from green_swin_hf.data import seeded_generator
 from green_swin_hf.optimization import build_optimizer, cosine_schedule
 
-from .recipe import EvidenceRecipe
+from .recipe import EvidenceRecipe, StudyRecipe
 from .tasks import Task, shuffled
 
 # Streams of random numbers that must not be the same for one seed.
@@ -67,29 +68,62 @@ def masks_for(method: str, config: GreenSwinConfig, count: int, ratio: float, ge
     return grid.flatten(1).long()
 
 
+DrawMasks = Callable[[int, torch.Generator], Tensor]
+
+
 def pretrain(
     method: str, recipe: EvidenceRecipe, task: Task, seed: int, folder: Path, device: torch.device, epochs: float
 ) -> dict[str, Any]:
     """Pretrain on the training images and save the model to `folder`; returns what a cell keeps of it."""
-    config, images = recipe.model_config(), task.unlabelled
-    model = build_masked_model(method, config, seed).to(device).train()
-    peak = recipe.learning_rate if method == "green" else recipe.dense_learning_rate
-    ratio = recipe.mask_ratio if method == "green" else recipe.dense_mask_ratio
+    is_green, config = method == "green", recipe.model_config()
+    model = build_masked_model(method, config, seed)
+    ratio = recipe.mask_ratio if is_green else recipe.dense_mask_ratio
+
+    def draw_masks(count: int, generator: torch.Generator) -> Tensor:
+        masks = masks_for(method, config, count, ratio, generator)
+        return masks if is_green else masks.to(device)
+
+    peak = recipe.learning_rate if is_green else recipe.dense_learning_rate
+    title = f"pretraining, {method}, seed {seed}"
+    result = train_masked(model, draw_masks, recipe, task, seed, device, epochs, peak, title)
+    save_model(model, folder)
+    return result
+
+
+def train_masked(
+    model: Any,
+    draw_masks: DrawMasks,
+    recipe: StudyRecipe,
+    task: Task,
+    seed: int,
+    device: torch.device,
+    epochs: float,
+    learning_rate: float,
+    title: str,
+) -> dict[str, Any]:
+    """Train a model by masked image modeling on the training images; returns what a cell keeps of it.
+
+    Args:
+        draw_masks: masks for so many images, as the model takes them.
+        learning_rate: the peak.
+        title: of the progress bar.
+    """
+    model.to(device).train()
+    images = task.unlabelled
     batch_size = min(recipe.batch_size, len(images))
     per_epoch = len(images) // batch_size
     steps = max(1, round(epochs * per_epoch))
-    optimizer = build_optimizer(model, peak, weight_decay=recipe.weight_decay)
+    optimizer = build_optimizer(model, learning_rate, weight_decay=recipe.weight_decay)
     schedule = cosine_schedule(optimizer, math.ceil(recipe.warmup * steps), steps)
     generator = seeded_generator(seed, _IMAGES)
     losses, stopwatch = torch.empty(steps, device=device), Stopwatch()
-    for step in tqdm(range(steps), desc=f"pretraining, {method}, seed {seed}", mininterval=1, leave=False):
+    for step in tqdm(range(steps), desc=title, mininterval=1, leave=False):
         epoch, place = divmod(step, per_epoch)
         if place == 0:
             order = shuffled(len(images), seed + _ORDER, epoch)
         rows = order[place * batch_size : (place + 1) * batch_size]
         pixels = task.varied(images[rows], generator).to(device)
-        masks = masks_for(method, config, len(rows), ratio, generator)
-        loss = model(pixel_values=pixels, bool_masked_pos=masks if method == "green" else masks.to(device)).loss
+        loss = model(pixel_values=pixels, bool_masked_pos=draw_masks(len(rows), generator)).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
@@ -98,10 +132,12 @@ def pretrain(
         losses[step] = loss.detach()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    result = {"steps": steps, "epochs": epochs, **stopwatch.read(), "losses": _thinned(losses)}
+    return {"steps": steps, "epochs": epochs, **stopwatch.read(), "losses": _thinned(losses)}
+
+
+def save_model(model: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     replace_files(folder, model.save_pretrained)
-    return result
 
 
 def _thinned(losses: Tensor) -> list[float]:

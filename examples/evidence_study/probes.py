@@ -21,7 +21,7 @@ from green_swin_hf.feature_probes import (
 )
 
 from .finetuning import build_classifier
-from .recipe import EvidenceRecipe
+from .recipe import StudyRecipe
 from .tasks import Split, Task
 
 
@@ -42,7 +42,7 @@ class _Samples(Dataset[dict[str, Any]]):
 
 
 def feature_function(
-    arm: str, recipe: EvidenceRecipe, seed: int, pretrained: Path | None, device: torch.device
+    arm: str, recipe: StudyRecipe, seed: int, pretrained: Path | None, device: torch.device
 ) -> FeatureFunction:
     """Features of images by name: pixels for arm "pixels", else of a pretrained folder or of random weights."""
     if arm == "pixels":

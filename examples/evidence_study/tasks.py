@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,10 +13,11 @@ from green_swin_hf.data import decode_image, load_images, seeded_generator
 from green_swin_hf.labelled_images import LabelledImages, load_labelled_images
 
 from .placed import Placement, place_garments, prepare_photo
-from .recipe import EvidenceRecipe
+from .recipe import StudyRecipe
 
 # Each split's placements are drawn apart; they do not change with the seed of a run.
 _SPLITS = {"train": 0, "validation": 1, "test": 2}
+_MORE_TEST = 1000  # further placements of the test split are drawn from here on, those of the training split below
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class Split:
 
     def rows(self, index: Tensor | list[int] | slice) -> Split:
         return Split(self.images[index], self.labels[index])
+
+
+def concatenated(splits: Sequence[Split]) -> Split:
+    return Split(torch.cat([split.images for split in splits]), torch.cat([split.labels for split in splits]))
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def vary(images: Tensor, generator: torch.Generator, shift: int, flip: bool) -> 
     return images.transpose(0, 1)[:, batch, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
 
 
-def load_task(recipe: EvidenceRecipe) -> Task:
+def load_task(recipe: StudyRecipe) -> Task:
     """Read the data set and make the images of the recipe's task.
 
     A data set without a validation split lends the last `validation_images` of its training split.
@@ -104,6 +110,8 @@ def load_task(recipe: EvidenceRecipe) -> Task:
     again = [
         _as_task(read["train"], recipe, photos, len(_SPLITS) + number).images for number in range(recipe.placements - 1)
     ]
+    more = [_as_task(read["test"], recipe, photos, _MORE_TEST + number) for number in range(recipe.test_placements - 1)]
+    done["test"] = concatenated([done["test"], *more])
     return Task(
         unlabelled=torch.cat([done["train"].images, *again]),
         **done,
@@ -134,7 +142,7 @@ def _read_photos(folder: str) -> list[Tensor]:
     return [prepare_photo(decode_image(record, "L", f"photo {row}")) for row, record in enumerate(records)]
 
 
-def _as_task(split: Split, recipe: EvidenceRecipe, photos: list[Tensor], number: int) -> Split:
+def _as_task(split: Split, recipe: StudyRecipe, photos: list[Tensor], number: int) -> Split:
     if recipe.task == "placed":
         placement = Placement(
             size=recipe.image_size,

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import os
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 from benchmarking.options import positive_int
 from benchmarking.plots import COLOURS, HATCHES, new_figure
 from benchmarking.report import describe_run, read_version
+from evidence_study.folder import replace_text
 from evidence_study.report import markdown_table
 from kept_rows import KeptRows, Row
 from tqdm.auto import tqdm
@@ -246,12 +246,6 @@ def format_cell(value: Any) -> str:
 
 def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-
-
-def replace_text(path: Path, text: str) -> None:
-    partial = Path(f"{path}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 # Plots

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Several machines under Slurm, one process for each GPU:
-#   sbatch examples/accelerate/slurm.sh --recipe … --data … --output-dir /shared/runs/swin_base
+#   sbatch examples/launch/slurm.sh --recipe … --data … --output-dir /shared/runs/swin_base
 # Submitted again, also by Slurm itself after its time limit (--requeue), it goes on where it stopped.
 #SBATCH --job-name=green-swin
 #SBATCH --nodes=4
