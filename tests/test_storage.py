@@ -66,13 +66,13 @@ pairs = zip(weights(place / "run").values(), weights(Path({whole!r})).values(), 
 results["after"] = {{"code": code, "same": all(bool((left == right).all()) for left, right in pairs)}}
 mount("-o", "remount,ro")
 results["read-only start"] = dict(zip(("code", "said"), attempt("--output-dir", place / "other")))
-subprocess.run(["umount", str(place)], check=True)
+subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 mount("-t", "tmpfs", "-o", "size=100m", "tmpfs")
 note("read-only", *attempt(at=2, harm=lambda: mount("-o", "remount,ro")))
 mount("-o", "remount,rw")
 note("read-write again", *attempt("--resume", "auto"))
-subprocess.run(["umount", str(place)], check=True)
+subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 mount("-t", "tmpfs", "-o", "size=100m", "tmpfs")
 code, said = attempt(at=2, harm=lambda: subprocess.run(["umount", "--lazy", str(place)], check=True))
