@@ -1,0 +1,267 @@
+"""Fuzz what strangers and mistakes can hand to the package; every case must give a correct result or a `ValueError`.
+
+    python tests/fuzz.py                                      # 100,000 cases over all targets
+    python tests/fuzz.py --target recipes --cases 20000       # one target
+    python tests/fuzz.py --engine atheris                     # guided by the branches that a case reaches
+    python tests/fuzz.py --replay outputs/fuzz/recipes-1.json # a case that was kept
+
+Every target runs in a process of its own with limits on time and memory for each case. Exit codes: 0 nothing found,
+1 findings, each kept with its smallest case, 2 wrong input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Before torch is imported: the cases are tiny, and threads cost more than they bring.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGETS = ("masks", "plans", "groupings", "models", "configs", "recipes", "files", "conversions")
+SECONDS_FOR_A_CASE = 10
+BYTES_FOR_A_CASE = 2 * 1024**3  # of address space, on top of what the imports take
+
+
+class CaseTimeout(BaseException):
+    """A case took too long. No `Exception`, so that nothing under test takes it for an error of its own."""
+
+
+def load_target(name: str) -> Any:
+    """The target, with everything that it needs imported."""
+    import fuzz_geometry
+    import fuzz_settings
+    import fuzz_weights
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    found = {target.name: target for module in (fuzz_geometry, fuzz_settings, fuzz_weights) for target in module.TARGETS}
+    assert tuple(found) == TARGETS, tuple(found)
+    return found[name]
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    def stop(number: int, frame: Any) -> None:
+        raise CaseTimeout(f"more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again: the first may hit a callback that drops it
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Campaign:
+    """Cases of one target so far: their outcomes, and of every kind of finding the smallest case."""
+
+    def __init__(self, target: Any, folder: Path):
+        self.target, self.folder = target, folder
+        self.outcomes: collections.Counter[str] = collections.Counter()
+        self.findings: dict[str, dict[str, Any]] = {}
+        self.slowest = 0.0
+        self._current = os.open(folder / f".{target.name}-current.json", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+
+    @property
+    def done(self) -> int:
+        return sum(self.outcomes.values())
+
+    def run(self, case: Any) -> None:
+        text = json.dumps(case)
+        content = text.encode()
+        os.pwrite(self._current, content, 0)  # a case that ends the process is known all the same
+        os.ftruncate(self._current, len(content))
+        started = time.perf_counter()
+        try:
+            with time_limit(SECONDS_FOR_A_CASE):
+                self.outcomes[self.target.check(case)] += 1
+        except (Exception, CaseTimeout) as error:
+            self.outcomes["found"] += 1
+            kind = signature(error)
+            if kind not in self.findings or len(text) < len(json.dumps(self.findings[kind]["case"])):
+                shown = "".join(traceback.format_exception(error, limit=-6))
+                self.findings[kind] = {"target": self.target.name, "case": case, "error": shown}
+        self.slowest = max(self.slowest, time.perf_counter() - started)
+
+    def report(self, seconds: float) -> None:
+        """Leave the result where the parent process reads it."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        result = {
+            "outcomes": dict(self.outcomes),
+            "seconds": seconds,
+            "slowest": self.slowest,
+            "peak_megabytes": peak,
+            "findings": list(self.findings.values()),
+        }
+        (self.folder / f".{self.target.name}-result.json").write_text(json.dumps(result))
+
+
+def signature(error: BaseException) -> str:
+    """What makes two findings the same: kind of error and the last two places it went through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if "green_swin_hf" in f.filename or Path(f.filename).name.startswith("fuzz_")]
+    return f"{type(error).__name__} {[(Path(f.filename).name, f.lineno) for f in ours[-2:]]}"
+
+
+def run_target(arguments: argparse.Namespace) -> int:
+    """What a child process does: all cases of one target by one engine."""
+    if arguments.engine == "atheris":
+        import atheris
+
+        with atheris.instrument_imports(include=["green_swin_hf"]):
+            target = load_target(arguments.target)
+    else:
+        target = load_target(arguments.target)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + BYTES_FOR_A_CASE, resource.RLIM_INFINITY))
+    campaign, started = Campaign(target, arguments.output_dir), time.monotonic()
+    run = run_with_atheris if arguments.engine == "atheris" else run_with_hypothesis
+    run(campaign, arguments.cases, arguments.seed, started)
+    return 0
+
+
+def run_with_hypothesis(campaign: Campaign, cases: int, seed: int, started: float) -> None:
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import seed as with_seed
+
+    while campaign.done < cases:  # a search that is exhausted or stuck early starts anew
+        before = campaign.done
+        options = settings(
+            max_examples=min(cases - campaign.done, 10_000),  # what it remembers of former cases grows
+            phases=[Phase.generate],
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        with_seed(seed)(options(given(campaign.target.cases)(campaign.run)))()
+        seed += 1
+        if campaign.done == before:
+            break
+    campaign.report(time.monotonic() - started)
+
+
+def run_with_atheris(campaign: Campaign, cases: int, seed: int, started: float) -> None:
+    import atheris
+    from hypothesis import given, settings
+
+    one_input = settings(deadline=None, database=None)(given(campaign.target.cases)(campaign.run))
+
+    def run(data: bytes) -> None:
+        one_input.hypothesis.fuzz_one_input(data)  # type: ignore[attr-defined]
+        if campaign.done >= cases:
+            campaign.report(time.monotonic() - started)
+            os._exit(0)  # libFuzzer has no other end
+
+    corpus = campaign.folder / f"corpus-{campaign.target.name}"
+    corpus.mkdir(exist_ok=True)
+    flags = [f"-seed={seed}", "-max_len=2048", "-len_control=20", "-verbosity=0", "-rss_limit_mb=0", "-timeout=60"]
+    atheris.Setup([sys.argv[0], *flags, f"-artifact_prefix={campaign.folder}/", str(corpus)], run)
+    atheris.Fuzz()
+
+
+def fuzz(arguments: argparse.Namespace) -> int:
+    """Run the targets one after another, print a line for each, keep the findings."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    names = TARGETS if arguments.target == "all" else (arguments.target,)
+    shares = {name: load_target(name).share for name in names}
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    print(f"{'target':<12} {'cases':>8} {'accepted':>9} {'refused':>8} {'findings':>9} {'slowest':>8} {'seconds':>8}")
+    total, found, kept = 0, 0, []
+    for name in names:
+        cases = round(arguments.cases * shares[name] / sum(shares.values()))
+        result = run_in_child(name, max(1, cases), arguments)
+        outcomes = result["outcomes"]
+        done = sum(outcomes.values())
+        total, found = total + done, found + len(result["findings"])
+        print(
+            f"{name:<12} {done:>8,} {outcomes.get('accepted', 0):>9,} {outcomes.get('refused', 0):>8,} "
+            f"{len(result['findings']):>9} {result['slowest']:>6.2f} s {result['seconds']:>8.0f}",
+            flush=True,
+        )
+        for number, finding in enumerate(result["findings"], start=1):
+            path = arguments.output_dir / f"{name}-{number}.json"
+            path.write_text(json.dumps(finding, indent=1))
+            kept.append(path)
+            print(f"  {finding['error'].strip().splitlines()[-1][:200]}\n  kept: {path}", flush=True)
+    print(f"{total:,} cases, {found} findings ({arguments.engine}, seed {arguments.seed})")
+    if kept:
+        print(f"Repeat one: python tests/fuzz.py --replay {kept[0]}")
+    return 1 if found else 0
+
+
+def run_in_child(name: str, cases: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    folder = arguments.output_dir
+    result, current = folder / f".{name}-result.json", folder / f".{name}-current.json"
+    result.unlink(missing_ok=True)
+    flags = ["--target", name, "--cases", cases, "--seed", arguments.seed, "--engine", arguments.engine]
+    command = [sys.executable, __file__, "--in-child", "--output-dir", folder, *flags]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    child = subprocess.run(
+        [str(word) for word in command], env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
+    )  # fmt: skip
+    if result.is_file():
+        content = json.loads(result.read_text())
+    else:  # it died, which is a finding in itself
+        last = json.loads(current.read_text()) if current.is_file() and current.stat().st_size else None
+        error = f"the process ended with {child.returncode}\n{child.stderr[-3000:]}"
+        content = {"outcomes": {"found": 1}, "seconds": 0, "slowest": 0.0}
+        content["findings"] = [{"target": name, "case": last, "error": error}]
+    for path in (result, current):
+        path.unlink(missing_ok=True)
+    return content
+
+
+def replay(path: Path) -> int:
+    """Run a kept case again, with its stack trace."""
+    content = json.loads(path.read_text())
+    target = load_target(content["target"])
+    print(json.dumps(content["case"]))
+    with time_limit(SECONDS_FOR_A_CASE):
+        print(target.check(content["case"]))
+    return 0
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", choices=("all", *TARGETS), default="all", help="what is fuzzed (default: all)")
+    parser.add_argument("--cases", type=int, default=100_000, help="over all targets together (default: 100,000)")
+    parser.add_argument("--engine", choices=("hypothesis", "atheris"), default="hypothesis", help="what draws the cases")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/fuzz"), help="where findings are kept")
+    parser.add_argument("--replay", type=Path, metavar="FILE", help="run a case that was kept")
+    parser.add_argument("--in-child", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.cases < 1:
+        parser.error(f"--cases {arguments.cases} must be at least 1")
+    if arguments.replay and not arguments.replay.is_file():
+        parser.error(f"--replay {arguments.replay} is no file")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    if arguments.replay:
+        return replay(arguments.replay)
+    return run_target(arguments) if arguments.in_child else fuzz(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
