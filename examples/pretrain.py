@@ -56,6 +56,7 @@ from green_swin_hf.energy import add_energy_flag, check_energy
 from green_swin_hf.feature_probes import Accuracy
 from green_swin_hf.hub_upload import add_hub_flags, open_hub
 from green_swin_hf.image_processing_green_swin import GreenSwinImageProcessor
+from green_swin_hf.numerics import loss_scale
 from green_swin_hf.online_probe import OnlineProbe, open_probe
 from green_swin_hf.optimization import build_optimizer, cosine_schedule, scaled_learning_rate
 from green_swin_hf.pretrained_start import load_for_continued_training
@@ -366,7 +367,7 @@ def train(run: Run, loader: DataLoader[Any], progress: tqdm, stop_after: int | N
         run.optimizer.zero_grad()
         learning_rate = run.optimizer.param_groups[0]["lr"]
         run.scheduler.step()
-        state.record_update(finite, recipe.stop_after_skipped)
+        state.record_update(finite, recipe.stop_after_skipped, loss=loss, scale=loss_scale(accelerator.scaler))
         images_since += run.images_per_update
         report_skips(run, progress, finite, skipped_names)
 
@@ -430,6 +431,8 @@ def log_update(
         "skipped_images": total_skipped_images(run),
         "skipped_updates": state.skipped_updates,
     }
+    if (scale := loss_scale(accelerator.scaler)) is not None:
+        entry["loss_scale"] = scale
     if run.log:
         run.log.write(entry)
     accelerator.log({k: v for k, v in entry.items() if k != "step" and v is not None}, step=state.update)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -150,7 +151,7 @@ class PretrainingRecipe(RecipeFile):
             ValueError: fields contradict each other (see `GreenSwinConfig`).
         """
         fields = {name: getattr(self, name) for name in _CONFIG_FIELDS if getattr(self, name) is not None}
-        if str(fields.get("group_size", "")).isdigit():
+        if re.fullmatch(r"\d{1,15}", str(fields.get("group_size", ""))):
             fields["group_size"] = int(fields["group_size"])
         if self.variant is None:
             return GreenSwinConfig(**fields)

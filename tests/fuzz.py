@@ -18,7 +18,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -26,12 +25,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fuzz_case import BytesChoices, HypothesisChoices, RandomChoices
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as with_seed
+from hypothesis import strategies as st
+
 # Before torch is imported: the cases are tiny, and threads cost more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = ("masks", "plans", "groupings", "models", "configs", "recipes", "files", "conversions")
+sys.path.insert(0, str(ROOT))  # where the package is not installed
+# Shares of all cases
+TARGETS = {
+    "masks": 0.25, "plans": 0.06, "groupings": 0.25, "models": 0.003,
+    "configs": 0.2, "recipes": 0.16, "files": 0.075, "conversions": 0.002,
+}  # fmt: skip
 SECONDS_FOR_A_CASE = 10
 BYTES_FOR_A_CASE = 2 * 1024**3  # of address space, on top of what the imports take
 
@@ -50,8 +59,11 @@ def load_target(name: str) -> Any:
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    found = {target.name: target for module in (fuzz_geometry, fuzz_settings, fuzz_weights) for target in module.TARGETS}
-    assert tuple(found) == TARGETS, tuple(found)
+    logging.disable_progress_bar()
+    found = {
+        target.name: target for module in (fuzz_geometry, fuzz_settings, fuzz_weights) for target in module.TARGETS
+    }
+    assert found.keys() == TARGETS.keys(), found.keys()
     return found[name]
 
 
@@ -132,101 +144,125 @@ def run_target(arguments: argparse.Namespace) -> int:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + BYTES_FOR_A_CASE, resource.RLIM_INFINITY))
     campaign, started = Campaign(target, arguments.output_dir), time.monotonic()
-    run = run_with_atheris if arguments.engine == "atheris" else run_with_hypothesis
-    run(campaign, arguments.cases, arguments.seed, started)
+    ENGINES[arguments.engine](campaign, arguments.cases, arguments.seed)
+    campaign.report(time.monotonic() - started)
     return 0
 
 
-def run_with_hypothesis(campaign: Campaign, cases: int, seed: int, started: float) -> None:
-    from hypothesis import HealthCheck, Phase, given, settings
-    from hypothesis import seed as with_seed
+def run_with_random(campaign: Campaign, cases: int, seed: int) -> None:
+    for number in range(cases):
+        campaign.run(campaign.target.draw(RandomChoices(hash((seed, number)))))
 
-    while campaign.done < cases:  # a search that is exhausted or stuck early starts anew
-        before = campaign.done
+
+def run_with_hypothesis(campaign: Campaign, cases: int, seed: int) -> None:
+    @st.composite
+    def drawn(draw: Any) -> Any:
+        return campaign.target.draw(HypothesisChoices(draw))
+
+    while campaign.done < cases:  # a search that is exhausted starts anew
         options = settings(
-            max_examples=min(cases - campaign.done, 10_000),  # what it remembers of former cases grows
+            max_examples=min(cases - campaign.done, 5_000),  # what it remembers of former cases grows
             phases=[Phase.generate],
             deadline=None,
             database=None,
             suppress_health_check=list(HealthCheck),
         )
-        with_seed(seed)(options(given(campaign.target.cases)(campaign.run)))()
+        with_seed(seed)(options(given(drawn())(campaign.run)))()
         seed += 1
-        if campaign.done == before:
-            break
-    campaign.report(time.monotonic() - started)
 
 
-def run_with_atheris(campaign: Campaign, cases: int, seed: int, started: float) -> None:
+def run_with_atheris(campaign: Campaign, cases: int, seed: int) -> None:
     import atheris
-    from hypothesis import given, settings
 
-    one_input = settings(deadline=None, database=None)(given(campaign.target.cases)(campaign.run))
+    started = time.monotonic()
 
     def run(data: bytes) -> None:
-        one_input.hypothesis.fuzz_one_input(data)  # type: ignore[attr-defined]
+        campaign.run(campaign.target.draw(BytesChoices(data)))
         if campaign.done >= cases:
             campaign.report(time.monotonic() - started)
             os._exit(0)  # libFuzzer has no other end
 
     corpus = campaign.folder / f"corpus-{campaign.target.name}"
     corpus.mkdir(exist_ok=True)
-    flags = [f"-seed={seed}", "-max_len=2048", "-len_control=20", "-verbosity=0", "-rss_limit_mb=0", "-timeout=60"]
+    flags = [f"-seed={seed + 1}", "-max_len=256", "-len_control=10", "-rss_limit_mb=0", "-timeout=60"]
     atheris.Setup([sys.argv[0], *flags, f"-artifact_prefix={campaign.folder}/", str(corpus)], run)
     atheris.Fuzz()
 
 
+ENGINES = {"random": run_with_random, "hypothesis": run_with_hypothesis, "atheris": run_with_atheris}
+
+
 def fuzz(arguments: argparse.Namespace) -> int:
-    """Run the targets one after another, print a line for each, keep the findings."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    names = TARGETS if arguments.target == "all" else (arguments.target,)
-    shares = {name: load_target(name).share for name in names}
+    """Run the targets, some at a time, print a line for each, keep the findings."""
+    names = list(TARGETS) if arguments.target == "all" else [arguments.target]
+    whole = sum(TARGETS[name] for name in names)
+    counts = {name: max(1, round(arguments.cases * TARGETS[name] / whole)) for name in names}
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    print(f"{'target':<12} {'cases':>8} {'accepted':>9} {'refused':>8} {'findings':>9} {'slowest':>8} {'seconds':>8}")
-    total, found, kept = 0, 0, []
-    for name in names:
-        cases = round(arguments.cases * shares[name] / sum(shares.values()))
-        result = run_in_child(name, max(1, cases), arguments)
-        outcomes = result["outcomes"]
-        done = sum(outcomes.values())
-        total, found = total + done, found + len(result["findings"])
-        print(
-            f"{name:<12} {done:>8,} {outcomes.get('accepted', 0):>9,} {outcomes.get('refused', 0):>8,} "
-            f"{len(result['findings']):>9} {result['slowest']:>6.2f} s {result['seconds']:>8.0f}",
-            flush=True,
-        )
-        for number, finding in enumerate(result["findings"], start=1):
-            path = arguments.output_dir / f"{name}-{number}.json"
-            path.write_text(json.dumps(finding, indent=1))
-            kept.append(path)
-            print(f"  {finding['error'].strip().splitlines()[-1][:200]}\n  kept: {path}", flush=True)
-    print(f"{total:,} cases, {found} findings ({arguments.engine}, seed {arguments.seed})")
+    if arguments.engine != "atheris":
+        load_target(names[0])  # the processes that are forked inherit what is imported
+    print(f"{'target':<12} {'cases':>8} {'accepted':>9} {'refused':>8} {'findings':>9} {'slowest':>9} {'seconds':>8}")
+    total, kept, running = 0, [], {}
+    while names or running:
+        while names and len(running) < arguments.jobs:
+            name = names.pop(0)
+            running[start_target(name, counts[name], arguments)] = name
+        pid, status = os.wait()
+        result = read_result(running.pop(pid), os.waitstatus_to_exitcode(status), arguments.output_dir)
+        total += sum(result["outcomes"].values())
+        kept += show_result(result, arguments.output_dir)
+    print(f"{total:,} cases, {len(kept)} findings ({arguments.engine}, seed {arguments.seed})")
     if kept:
         print(f"Repeat one: python tests/fuzz.py --replay {kept[0]}")
-    return 1 if found else 0
+    return 1 if kept else 0
 
 
-def run_in_child(name: str, cases: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    folder = arguments.output_dir
-    result, current = folder / f".{name}-result.json", folder / f".{name}-current.json"
-    result.unlink(missing_ok=True)
-    flags = ["--target", name, "--cases", cases, "--seed", arguments.seed, "--engine", arguments.engine]
-    command = [sys.executable, __file__, "--in-child", "--output-dir", folder, *flags]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    child = subprocess.run(
-        [str(word) for word in command], env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
-    )  # fmt: skip
+def start_target(name: str, cases: int, arguments: argparse.Namespace) -> int:
+    """Start the process of a target; its number."""
+    for kind in ("result", "current"):
+        (arguments.output_dir / f".{name}-{kind}.json").unlink(missing_ok=True)
+    sys.stdout.flush()
+    if pid := os.fork():
+        return pid
+    with (arguments.output_dir / f".{name}-shown.txt").open("w") as shown:
+        os.dup2(shown.fileno(), 1)
+        os.dup2(shown.fileno(), 2)
+    child = argparse.Namespace(**{**vars(arguments), "target": name, "cases": cases})
+    try:
+        run_target(child)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def read_result(name: str, exit_code: int, folder: Path) -> dict[str, Any]:
+    result, current, shown = (folder / f".{name}-{kind}" for kind in ("result.json", "current.json", "shown.txt"))
     if result.is_file():
         content = json.loads(result.read_text())
     else:  # it died, which is a finding in itself
         last = json.loads(current.read_text()) if current.is_file() and current.stat().st_size else None
-        error = f"the process ended with {child.returncode}\n{child.stderr[-3000:]}"
-        content = {"outcomes": {"found": 1}, "seconds": 0, "slowest": 0.0}
+        error = f"{shown.read_text(errors='replace')[-3000:]}\nthe process ended with {exit_code}"
+        content = {"outcomes": {"found": 1}, "seconds": 0.0, "slowest": 0.0}
         content["findings"] = [{"target": name, "case": last, "error": error}]
-    for path in (result, current):
+    for path in (result, current, shown):
         path.unlink(missing_ok=True)
-    return content
+    return {"name": name, **content}
+
+
+def show_result(result: dict[str, Any], folder: Path) -> list[Path]:
+    """Print the line of a target and its findings, and keep these; their files."""
+    name, outcomes, findings = result["name"], result["outcomes"], result["findings"]
+    print(
+        f"{name:<12} {sum(outcomes.values()):>8,} {outcomes.get('accepted', 0):>9,} {outcomes.get('refused', 0):>8,} "
+        f"{len(findings):>9} {result['slowest']:>7.2f} s {result['seconds']:>8.0f}",
+        flush=True,
+    )
+    paths = []
+    for number, finding in enumerate(findings, start=1):
+        paths.append(folder / f"{name}-{number}.json")
+        paths[-1].write_text(json.dumps(finding, indent=1))
+        print(f"  {finding['error'].strip().splitlines()[-1][:200]}\n  kept: {paths[-1]}", flush=True)
+    return paths
 
 
 def replay(path: Path) -> int:
@@ -243,14 +279,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=("all", *TARGETS), default="all", help="what is fuzzed (default: all)")
     parser.add_argument("--cases", type=int, default=100_000, help="over all targets together (default: 100,000)")
-    parser.add_argument("--engine", choices=("hypothesis", "atheris"), default="hypothesis", help="what draws the cases")
+    parser.add_argument("--engine", choices=tuple(ENGINES), default="random", help="what draws the cases")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/fuzz"), help="where findings are kept")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="run a case that was kept")
-    parser.add_argument("--in-child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--jobs", type=int, default=1, help="targets that run at once")
     arguments = parser.parse_args(argv)
-    if arguments.cases < 1:
-        parser.error(f"--cases {arguments.cases} must be at least 1")
+    for name in ("cases", "jobs"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} {getattr(arguments, name)} must be at least 1")
     if arguments.replay and not arguments.replay.is_file():
         parser.error(f"--replay {arguments.replay} is no file")
     return arguments
@@ -260,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     if arguments.replay:
         return replay(arguments.replay)
-    return run_target(arguments) if arguments.in_child else fuzz(arguments)
+    return fuzz(arguments)
 
 
 if __name__ == "__main__":
