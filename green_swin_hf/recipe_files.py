@@ -22,6 +22,7 @@ from .configuration_green_swin import shown
 
 _LARGEST_FILE = 2**17  # bytes
 _LARGEST_INTEGER = 2**63
+_DEEPEST = 8  # lists in lists
 
 RecipeT = TypeVar("RecipeT", bound="RecipeFile")
 
@@ -84,13 +85,21 @@ def _exists(path: Path) -> bool:
 class _RecipeLoader(yaml.SafeLoader):
     """YAML of plain values whose mappings name no key twice: the standard loader takes the last one without a word.
 
-    Without aliases, too: a recipe needs none, and a few hundred bytes of them can stand for a billion entries.
+    Flat and without aliases, too: a recipe needs neither, a few hundred bytes of aliases can stand for a billion
+    entries, and the time for brackets in brackets grows with their square.
     """
+
+    _depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(problem=f"alias *{shown(self.peek_event().anchor)[1:-1]} is not allowed")
-        return super().compose_node(parent, index)
+            raise yaml.composer.ComposerError(problem="aliases (*name) are not allowed")
+        if self._depth == _DEEPEST:
+            raise yaml.composer.ComposerError(problem="it nests too deeply")
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = set()
@@ -120,8 +129,7 @@ def load_recipe(path: str | os.PathLike[str], kind: type[RecipeT]) -> RecipeT:
     try:
         entries = yaml.load(content.decode("utf-8"), _RecipeLoader)
     except Exception as error:  # values that are none, such as a 13th month, raise what their reader stumbles on
-        reason = "it nests too deeply" if isinstance(error, RecursionError) else _in_one_line(error)
-        raise ValueError(f"recipe {path} is not valid YAML: {reason}") from None
+        raise ValueError(f"recipe {path} is not valid YAML: {_in_one_line(error)}") from None
     if entries is None:
         raise ValueError(f"recipe {path} is empty; give one with the keys of a run")
     if not isinstance(entries, dict):

@@ -221,7 +221,7 @@ def choose_grouping(
     if group_size == "optimal":
         return solve_optimal_grouping(sizes, channels)
     slots = window_area if group_size == "window" else group_size
-    if not isinstance(slots, int):
+    if not isinstance(slots, int) or isinstance(slots, bool):
         raise ValueError(f'group_size {group_size!r} must be "window", "optimal" or a number of slots')
     if slots < window_area:
         raise ValueError(
