@@ -16,7 +16,7 @@ from huggingface_hub.utils import logging
 
 _TIMEOUT_SECONDS = 10
 # Tokens, passwords of addresses, and what signs an address of a large file.
-_CREDENTIALS = (r"hf_\w{6,}", r"(?<=Bearer )\S+", r"(?<=://)[^/@\s]+(?=@)", r"(?<=\?)[^\s'\">]+=[^\s'\">]+")
+_CREDENTIALS = (r"\bhf_[A-Za-z0-9]{10,}", r"(?<=Bearer )\S+", r"(?<=://)[^/@\s]+(?=@)", r"(?<=\?)[^\s'\">]+=[^\s'\">]+")
 
 
 def add_hub_flags(parser: argparse._ActionsContainer) -> None:

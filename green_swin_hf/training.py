@@ -29,6 +29,7 @@ from .data import (
     StreamingPretrainingImages,
     seeded_generator,
 )
+from .hub_upload import redacted
 from .modeling_green_swin import patchify, unit_statistics
 from .numerics import COLLAPSED_LOSS_SCALE, explain_collapse, explain_skips
 
@@ -304,7 +305,8 @@ def one_line_errors(program: str) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            # a token may be part of an address that was given, or that a server repeats
+            print(f"{program}: error: {' '.join(redacted(str(error)).split())}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 
