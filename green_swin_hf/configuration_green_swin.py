@@ -258,13 +258,9 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST_COUNT
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST_COUNT <= value <= _LARGEST_COUNT
-
-
 def _check_sizes(config: GreenSwinConfig) -> None:
     for field in ("num_channels", "embed_dim", "window_size"):
-        _require(_is_count(getattr(config, field)), field, getattr(config, field), "a positive integer")
+        _require(_is_count(getattr(config, field)), field, getattr(config, field), "a positive integer below 2^31")
     for field in ("image_size", "patch_size"):
         size = getattr(config, field)
         sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
@@ -299,8 +295,9 @@ def _check_rates(config: GreenSwinConfig) -> None:
     numbers = ("mask_ratio", "mlp_ratio", "layer_norm_eps", "initializer_range", "drop_path_rate")
     for field in (*numbers, "hidden_dropout_prob", "attention_probs_dropout_prob"):
         value = getattr(config, field)
-        rule = "a finite number (YAML reads 1e-6 as text and 1.0e-6 as a number)"
-        _require(_is_number(value), field, value, rule)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        _require(is_number, field, value, "a number (YAML reads 1e-6 as text and 1.0e-6 as a number)")
+        _require(not abs(value) > _LARGEST_COUNT, field, value, "finite and less than 2^31")
     _require(0 < config.mask_ratio < 1, "mask_ratio", config.mask_ratio, "greater than 0 and less than 1")
     for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
         value = getattr(config, field)
@@ -323,7 +320,7 @@ def _check_activation(config: GreenSwinConfig) -> None:
 def _check_decoder(config: GreenSwinConfig) -> None:
     for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
         value = getattr(config, f"decoder_{field}")
-        _require(_is_count(value), f"decoder_{field}", value, "a positive integer")
+        _require(_is_count(value), f"decoder_{field}", value, "a positive integer below 2^31")
     width, heads = config.decoder_hidden_size, config.decoder_num_attention_heads
     _require(width % 4 == 0, "decoder_hidden_size", width, "a multiple of 4 (sine and cosine of row and column)")
     _require(width % heads == 0, "decoder_hidden_size", width, f"a multiple of decoder_num_attention_heads {heads}")

@@ -78,10 +78,18 @@ class Target:
     check: Callable[[Any], str]
 
 
+def attempt(function: Callable[..., Any], *arguments: Any) -> tuple[Any, ValueError | None]:
+    """What a call returns, or the `ValueError` that it raises."""
+    try:
+        return function(*arguments), None
+    except ValueError as error:
+        return None, error
+
+
 def refused(error: ValueError, names: Iterable[str]) -> str:
     """`REFUSED` where the message of an error is one line and holds one of `names`."""
     message = str(error)
-    assert "\n" not in message and "\r" not in message, f"a message of several lines: {message[:300]!r}"
+    assert not {"\n", "\r"} & set(message), f"a message of several lines: {message[:300]!r}"
     assert len(message) <= LONGEST_MESSAGE, f"a message of {len(message)} characters: {message[:200]!r}…"
     wanted = list(names)
     assert any(name in message for name in wanted), f"a message that names none of {wanted}: {message!r}"

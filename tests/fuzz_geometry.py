@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fuzz_case import ACCEPTED, Choices, Target, refused
+from fuzz_case import ACCEPTED, Choices, Target, attempt, refused
 
 from green_swin_hf import (
     GreenSwinConfig,
@@ -147,9 +147,8 @@ def mask_geometry(rows: int, columns: int, num_stages: int) -> SparseGeometry:
 def check_mask(case: dict[str, Any]) -> str:
     geometry, given = mask_geometry(*case["grid"], case["stages"]), as_input(case)
     wanted = expected_masks(given, case["grid"], 2 ** (case["stages"] - 1))
-    try:
-        masks = unit_masks(given, geometry)
-    except ValueError as error:
+    masks, error = attempt(unit_masks, given, geometry)
+    if error:
         assert wanted is None, f"a good mask is refused: {error}"
         return refused(error, ["bool_masked_pos"])
     assert wanted is not None, "a wrong mask is accepted"
@@ -310,12 +309,12 @@ def check_grouping(case: dict[str, Any]) -> str:
     group, area = case["group"], case["area"]
     is_count = isinstance(group, int) and not isinstance(group, bool)
     allowed = group in ("window", "optimal") or (is_count and group >= area)
-    try:
-        grouping = choose_grouping(sizes, group, area, case["channels"])
-    except ValueError as error:
-        assert not (good and allowed and area >= max([1, *sizes])), f"a good grouping is refused: {error}"
+    is_good = good and allowed and area >= max([1, *sizes])
+    grouping, error = attempt(choose_grouping, sizes, group, area, case["channels"])
+    if error:
+        assert not is_good, f"a good grouping is refused: {error}"
         return refused(error, ["sizes", "window_area", "window area", "group_size"])
-    assert good and allowed and area >= max([1, *sizes])
+    assert is_good, "a wrong grouping is accepted"
     check_packed(
         grouping, sizes, max([1, *sizes, sum(sizes)]) if group == "optimal" else area if group == "window" else group
     )
@@ -328,12 +327,12 @@ def check_grouping(case: dict[str, Any]) -> str:
 
 
 def check_solved(sizes: list[int], capacity: int, good: bool) -> str:
-    try:
-        grouping = solve_grouping(sizes, capacity)
-    except ValueError as error:
-        assert not (good and capacity >= max([1, *sizes])), f"a good capacity is refused: {error}"
+    is_good = good and capacity >= max([1, *sizes])
+    grouping, error = attempt(solve_grouping, sizes, capacity)
+    if error:
+        assert not is_good, f"a good capacity is refused: {error}"
         return refused(error, ["sizes", "capacity"])
-    assert good and capacity >= max([1, *sizes])
+    assert is_good, "a wrong capacity is accepted"
     check_packed(grouping, sizes, capacity)
     if 0 < len([size for size in sizes if size]) <= 7:
         fewest = fewest_groups(sorted(filter(None, sizes), reverse=True), capacity)
@@ -357,7 +356,7 @@ def fewest_groups(sizes: list[int], capacity: int) -> int:
             return len(loads)
         size = sizes[index]
         choices = [
-            loads[:i] + (load + size,) + loads[i + 1 :] for i, load in enumerate(loads) if load + size <= capacity
+            (*loads[:i], load + size, *loads[i + 1 :]) for i, load in enumerate(loads) if load + size <= capacity
         ]
         tried = {tuple(sorted(choice)) for choice in [*choices, (*loads, size)]}
         return min(place(index + 1, choice) for choice in tried)
@@ -388,7 +387,8 @@ def check_model(case: dict[str, Any]) -> str:
     output = model(pixel_values=pixels, bool_masked_pos=masks)
     output.loss.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    assert torch.isfinite(output.loss) and all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert torch.isfinite(output.loss)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
     hidden = masks.view(-1, 1, *case["grid"]).repeat_interleave(unit, 2).repeat_interleave(unit, 3)
     other = torch.where(hidden, torch.randn(shape) * 3 + 1, pixels)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from fuzz_case import ACCEPTED, Choices, Target, refused
+from fuzz_case import ACCEPTED, Choices, Target, attempt, refused
 
 from green_swin_hf import GreenSwinConfig, SparseGeometry
 from green_swin_hf.detection_recipe import DetectionRecipe
@@ -121,9 +121,8 @@ def is_good_config(fields: dict[str, Any]) -> bool:
 def check_config(changes: dict[str, Any]) -> str:
     fields = {**BASE, **changes}
     is_good = is_good_config(fields)
-    try:
-        config = GreenSwinConfig(**fields)
-    except ValueError as error:
+    config, error = attempt(lambda: GreenSwinConfig(**fields))
+    if error:
         assert not is_good, f"a good configuration is refused: {error}"
         return refused(error, changes)
     assert is_good, "a wrong configuration is accepted"
@@ -173,11 +172,8 @@ def recipe_inputs(draw: Choices) -> dict[str, Any]:
     names = [item.name for item in dataclasses.fields(KINDS[kind])]
     lines = []
     for _ in range(draw.integer(0, 3)):
-        style = draw.integer(0, 9)
-        if style < 5:
-            value = draw.of(strange_texts())
-        else:
-            value = draw.of(PIECES) if style < 9 else draw.text(12)
+        pieces = draw.of([strange_texts()] * 5 + [PIECES] * 4 + [(draw.text(12),)])
+        value = draw.of(pieces)
         lines.append(f"{draw.of(names)}: {value}")
     if draw.one_in(4):
         lines.insert(draw.integer(0, len(lines)), draw.of(LINES))
@@ -234,9 +230,8 @@ def check_recipe(case: dict[str, Any]) -> str:
     content = text.encode("utf-8", "surrogatepass")
     path, kind = work_folder() / "recipe.yaml", KINDS[case["kind"]]
     path.write_bytes(content[: case["cut"]])
-    try:
-        recipe = load_recipe(path, kind)
-    except ValueError as error:
+    recipe, error = attempt(load_recipe, path, kind)
+    if error:
         return refused(error, [str(path)])
     again = work_folder() / "again.yaml"
     save_recipe(recipe, again)
@@ -245,12 +240,8 @@ def check_recipe(case: dict[str, Any]) -> str:
         assert type(value) in (bool, int, float, str, list), (name, value)
         assert not isinstance(value, float) or math.isfinite(value), (name, value)
     assert recipe.differences(recipe) == {}
-    if hasattr(recipe, "model_config"):
-        try:
-            recipe.model_config()
-        except ValueError as error:
-            return refused(error, [item.name for item in dataclasses.fields(kind)])
-    return ACCEPTED
+    _, error = attempt(getattr(recipe, "model_config", lambda: None))
+    return refused(error, [item.name for item in dataclasses.fields(kind)]) if error else ACCEPTED
 
 
 TARGETS = (

@@ -8,11 +8,12 @@ import json
 import math
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from fuzz_case import ACCEPTED, Choices, Target, refused
+from fuzz_case import ACCEPTED, Choices, Target, attempt, refused
 from fuzz_settings import STRANGE, work_folder
 from safetensors.torch import save_file
 from transformers import SwinConfig, SwinForImageClassification
@@ -202,25 +203,26 @@ def with_header(content: bytes, case: dict[str, Any]) -> bytes:
 
 # Conversions: whole folders whose weights were damaged
 
-DAMAGES = (
-    "drop",
-    "rename",
-    "shape",
-    "dtype",
-    "nan",
-    "huge",
-    "zero",
-    "extra",
-    "swap",
-    "empty",
-    "scalar",
-    "double",
-    "meta",
-)
+CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "longer": lambda t: torch.cat([t, t]),
+    "integers": lambda t: t.int(),
+    "half": lambda t: t.half(),
+    "complex": lambda t: t.to(torch.complex64),
+    "nan": lambda t: torch.full_like(t, math.nan),
+    "huge": lambda t: torch.full_like(t, 3e38),
+    "zero": torch.zeros_like,
+    "turned": lambda t: t.flip(0),
+    "empty": lambda t: t[:0],
+    "scalar": lambda t: t.flatten()[0].clone(),
+    "double": lambda t: t.double(),
+    "one dimension more": lambda t: t[None],
+}
+DAMAGES = ("drop", "rename", "extra", *CHANGES)
 NEW_NAMES = (
-    "swin.encoder.layers.0.blocks.0.attention.self.key.bias", "swin.encoder.layers.9.blocks.0.x", "", "classifier.weight",
-    "swin.encoder.layers.99999999999.blocks.0.layernorm_before.weight", "mask_token", "decoder.0.weight", "logit_scale",
-    "module.swin.layernorm.weight", "swin.swin.layernorm.weight", "no\nline", "x" * 500, "hidden_states_norms.stage1.weight",
+    "swin.encoder.layers.0.blocks.0.attention.self.key.bias", "swin.encoder.layers.9.blocks.0.x", "",
+    "classifier.weight", "swin.encoder.layers.99999999999.blocks.0.layernorm_before.weight", "mask_token",
+    "decoder.0.weight", "logit_scale", "module.swin.layernorm.weight", "swin.swin.layernorm.weight", "no\nline",
+    "x" * 500, "hidden_states_norms.stage1.weight",
 )  # fmt: skip
 
 
@@ -247,18 +249,6 @@ def damaged(case: dict[str, Any]) -> dict[str, torch.Tensor]:
         if name not in tensors:
             continue
         tensor = tensors[name]
-        changes = {
-            "shape": lambda t: torch.cat([t, t]),
-            "dtype": lambda t: t.to([torch.int32, torch.float16, torch.bool, torch.complex64][place % 4]),
-            "nan": lambda t: torch.full_like(t, math.nan),
-            "huge": lambda t: torch.full_like(t, 3e38),
-            "zero": torch.zeros_like,
-            "swap": lambda t: t.flip(0),
-            "empty": lambda t: t[:0],
-            "scalar": lambda t: t.flatten()[0].clone(),
-            "double": lambda t: t.double(),
-            "meta": lambda t: t[None],
-        }
         if kind == "drop":
             del tensors[name]
         elif kind == "rename":
@@ -266,7 +256,7 @@ def damaged(case: dict[str, Any]) -> dict[str, torch.Tensor]:
         elif kind == "extra":
             tensors[NEW_NAMES[new]] = tensor.clone()
         else:
-            tensors[name] = changes[kind](tensor).contiguous()
+            tensors[name] = CHANGES[kind](tensor).contiguous()
     return tensors
 
 
@@ -278,12 +268,11 @@ def check_conversion(case: dict[str, Any]) -> str:
     tensors = damaged(case)
     (folder / "config.json").write_text(json.dumps(config))
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    try:
-        conversion = convert_to_green_swin(folder, PHOTO, ConversionOptions(**case["options"]))
-    except ValueError as error:
+    conversion, error = attempt(convert_to_green_swin, folder, PHOTO, ConversionOptions(**case["options"]))
+    if error:
         assert case["damages"] or case["options"], f"whole weights are refused: {error}"
         return refused(
-            error, [str(folder), "config.json", "the file", "image_size", "--", *tensors, "weights", "stage", "refused"]
+            error, [str(folder), "image_size", "--", *tensors, "the weights", "stage", "refused", "the file"]
         )
     assert not any(tensor.isnan().any() for tensor in conversion.model.parameters())
     if case["options"] in ({}, {"keep_head": True}):

@@ -249,6 +249,15 @@ def test_variants_take_a_window_and_overrides():
         ({"hidden_act": "gelly"}, r"hidden_act 'gelly' must be an activation of transformers: gelu"),
         ({"mlp_ratio": 0.01}, r"mlp_ratio 0.01 must be"),
         ({"layer_norm_eps": "1e-6"}, r"layer_norm_eps '1e-6' must be a number"),
+        # found by tests/fuzz.py
+        ({"hidden_act": ["gelu"]}, r"hidden_act \['gelu'\] must be an activation"),
+        ({"initializer_range": float("inf")}, r"initializer_range inf must be finite"),
+        ({"initializer_range": -1}, r"initializer_range -1 must be at least 0"),
+        ({"mlp_ratio": 1e308}, r"mlp_ratio 1e\+308 must be finite and less than 2\^31"),
+        ({"layer_norm_eps": 10**400}, r"layer_norm_eps 10{20}.* must be finite"),
+        ({"embed_dim": 10**5000}, r"embed_dim of thousands of digits must be a positive integer below 2\^31"),
+        ({"hidden_act": "x" * 5000}, r"^hidden_act 'x+\.\.\.x+' must be an activation"),
+        ({"depths": [1] * 17, "num_heads": [1] * 17}, r"depths \[1, .*\] must be a list .*\(at most 16\)"),
         ({"mask_ratio": None}, r"mask_ratio None must be a number"),
         ({"norm_pix_loss": "no"}, r"norm_pix_loss 'no' must be True or False"),
         (

@@ -42,6 +42,7 @@ from green_swin_hf import (
 from green_swin_hf.modeling_green_swin import position_encoding
 from green_swin_hf.publish import collect_files, find_result
 from green_swin_hf.run_record import read_record
+from green_swin_hf.weight_conversion import convert_to_green_swin
 from green_swin_hf.weight_conversion_geometry import resize_table
 from green_swin_hf.weight_conversion_names import published_names, to_published_names
 
@@ -505,6 +506,15 @@ def test_a_file_that_is_no_state_dict_is_refused_without_torchs_advice(write, tm
     error = refused(capsys, tmp_path / "swin.pth", tmp_path / "out")
     assert "ask for a .safetensors file, or a state dict saved by torch.save" in error
     assert "weights_only" not in error
+
+
+def test_names_of_tensors_cannot_break_the_line(tmp_path):
+    """Found by tests/fuzz.py."""
+    torch.save({**timm_swin().state_dict(), "no\nline": torch.zeros(1), "x" * 5000: torch.zeros(1)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="no line") as refusal:
+        convert_to_green_swin(tmp_path / "a.pth", PHOTO)
+    assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) <= 800
 
 
 @pytest.mark.parametrize(
