@@ -294,7 +294,7 @@ def grouping_inputs(draw: Choices) -> dict[str, Any]:
         sizes.append(size)
     if sizes and draw.one_in(10):
         sizes[0] = -1
-    limits = [0, -1, 1, 7, 49, 196, 10**6, HUGE, max([1, *sizes])]
+    limits = [0, -1, 7, 49, 196, 196, 10**6, HUGE, *[max([1, *sizes])] * 3]
     group = draw.of(["window", "optimal", "optimal", "other", None, 7.5, True, 0, -5, 16, 60, 4000, HUGE])
     return {
         "sizes": sizes, "capacity": draw.of(limits), "area": draw.of(limits), "group": group,
