@@ -34,7 +34,7 @@ def explain_skips(skipped: int, update: int, loss: Tensor | None, scale: float |
     """
     many = f"{skipped} updates in a row, up to update {update}, had"
     if loss is not None and not bool(torch.isfinite(loss)):
-        cause = f"{many} a loss of {float(loss)} and gradients that are not finite"
+        cause = f"{many} a loss of {float(loss.detach())} and gradients that are not finite"
     else:
         cause = f"{many} gradients that are not finite"
     return f"{cause}; {remedy(scale)}"
