@@ -28,6 +28,7 @@ AUTO_MAP: dict[str, str] = {
 }
 
 _LARGEST_COUNT = 2**31 - 1  # beyond it sizes overflow long before any memory holds them
+_LARGEST_NUMBER = 3e38
 _MOST_STAGES = 16
 # Computed from the fields; a `config.json` of stock Swin carries them as entries, which are dropped on reading.
 _DERIVED_ENTRIES = ("model_type", "num_layers", "hidden_size", "stage_names", "path_norm")
@@ -297,7 +298,7 @@ def _check_rates(config: GreenSwinConfig) -> None:
         value = getattr(config, field)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         _require(is_number, field, value, "a number (YAML reads 1e-6 as text and 1.0e-6 as a number)")
-        _require(not abs(value) > _LARGEST_COUNT, field, value, "finite and less than 2^31")
+        _require(not abs(value) > _LARGEST_NUMBER, field, value, "finite, in float32 as well")
     _require(0 < config.mask_ratio < 1, "mask_ratio", config.mask_ratio, "greater than 0 and less than 1")
     for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
         value = getattr(config, field)
@@ -305,8 +306,9 @@ def _check_rates(config: GreenSwinConfig) -> None:
     for field in ("mlp_ratio", "layer_norm_eps"):
         _require(getattr(config, field) > 0, field, getattr(config, field), "greater than 0")
     _require(config.initializer_range >= 0, "initializer_range", config.initializer_range, "at least 0")
-    rule = f"at least 1 / embed_dim {config.embed_dim}, for an MLP of at least one unit"
-    _require(int(config.mlp_ratio * config.embed_dim) >= 1, "mlp_ratio", config.mlp_ratio, rule)
+    rule = f"at least 1 / embed_dim {config.embed_dim}, for an MLP of at least one unit (and less than 2^31)"
+    width = int(config.mlp_ratio * config.embed_dim)
+    _require(1 <= width <= _LARGEST_COUNT, "mlp_ratio", config.mlp_ratio, rule)
 
 
 def _check_activation(config: GreenSwinConfig) -> None:

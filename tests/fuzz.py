@@ -186,7 +186,7 @@ def run_with_atheris(campaign: Campaign, cases: int, seed: int) -> None:
 
     corpus = campaign.folder / f"corpus-{campaign.target.name}"
     corpus.mkdir(exist_ok=True)
-    flags = [f"-seed={seed + 1}", "-max_len=256", "-len_control=10", "-rss_limit_mb=0", "-timeout=60"]
+    flags = [f"-seed={seed + 1}", "-max_len=256", "-len_control=0", "-rss_limit_mb=0", "-timeout=60"]
     atheris.Setup([sys.argv[0], *flags, f"-artifact_prefix={campaign.folder}/", str(corpus)], run)
     atheris.Fuzz()
 

@@ -70,7 +70,7 @@ def is_count(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 2**31
+    return type(value) in (int, float) and abs(value) <= 3e38
 
 
 def is_good_config(fields: dict[str, Any]) -> bool:
@@ -105,7 +105,7 @@ def is_good_config(fields: dict[str, Any]) -> bool:
         return False
     if fields["layer_norm_eps"] <= 0 or fields["initializer_range"] < 0 or fields["mlp_ratio"] <= 0:
         return False
-    if fields["mlp_ratio"] * fields["embed_dim"] < 1 or fields["hidden_act"] != "gelu":
+    if not 1 <= fields["mlp_ratio"] * fields["embed_dim"] < 2**31 or fields["hidden_act"] != "gelu":
         return False
     width = fields["decoder_hidden_size"]
     if width % 4 or width % fields["decoder_num_attention_heads"]:
