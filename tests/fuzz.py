@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import importlib.util
 import json
 import os
 import resource
@@ -291,7 +292,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} {getattr(arguments, name)} must be at least 1")
     if arguments.replay and not arguments.replay.is_file():
-        parser.error(f"--replay {arguments.replay} is no file")
+        parser.error(f"--replay {arguments.replay} is no file; give a case that was kept")
+    if arguments.engine == "atheris" and importlib.util.find_spec("atheris") is None:
+        parser.error('--engine atheris needs the extra fuzz: pip install -e ".[fuzz]"')
     return arguments
 
 

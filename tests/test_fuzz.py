@@ -1,7 +1,6 @@
 """The fuzz targets on a few cases each, drawn by hypothesis; `python tests/fuzz.py` runs 100,000 and more."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,9 +72,17 @@ def test_a_case_that_takes_too_long_is_stopped():
         forever()
 
 
-def test_the_command_as_a_user_gives_it(tmp_path):
-    command = [sys.executable, "tests/fuzz.py", "--target", "groupings", "--cases", "50", "--output-dir", str(tmp_path)]
+def test_nothing_found_is_exit_code_0(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fuzz, "BYTES_FOR_A_CASE", 2**40)
+    assert fuzz.main(["--target", "groupings", "--cases", "50", "--output-dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip().endswith("50 cases, 0 findings (random, seed 0)")
+
+
+def test_the_command_as_a_user_gives_it():
     root = Path(__file__).resolve().parents[1]
-    result = subprocess.run(command, cwd=root, env=dict(os.environ), capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip().endswith("50 cases, 0 findings (random, seed 0)")
+    for flags, said in ((["--cases", "0"], "--cases 0 must be at least 1"), (["--replay", "none.json"], "is no file")):
+        command = [sys.executable, "tests/fuzz.py", *flags]
+        result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 2
+        assert said in result.stderr
+        assert "Traceback" not in result.stderr
