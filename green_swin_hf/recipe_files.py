@@ -101,6 +101,11 @@ class _RecipeLoader(yaml.SafeLoader):
         self._depth -= 1
         return node
 
+    def fetch_flow_collection_start(self, kind: Any) -> None:
+        if self.flow_level == _DEEPEST:
+            raise yaml.scanner.ScannerError(problem="it nests too deeply")
+        super().fetch_flow_collection_start(kind)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = set()
         for key, _ in node.value:
