@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .configuration_green_swin import GreenSwinConfig, as_pair
-from .recipe_files import RecipeFile, check_finite, check_minima, checked, option
+from .recipe_files import MOST_CHANNELS, RecipeFile, check_finite, check_minima, checked, option
 
 # The usual statistics of photographs, pixels in 0 … 1.
 IMAGENET_DEFAULT_MEAN = (0.485, 0.456, 0.406)
@@ -168,6 +168,8 @@ def _check_ranges(recipe: PretrainingRecipe) -> None:
     }
     check_finite(recipe)
     check_minima(recipe, at_least)
+    if recipe.num_channels > MOST_CHANNELS:
+        raise ValueError(f"num_channels {recipe.num_channels} must be at most {MOST_CHANNELS}")
     for name in ("epochs", "max_steps", "threads"):
         value = getattr(recipe, name)
         if value is not None and not value > 0:

@@ -23,6 +23,7 @@ from .configuration_green_swin import shown
 _LARGEST_FILE = 2**17  # bytes
 _LARGEST_INTEGER = 2**63
 _DEEPEST = 8  # lists in lists
+MOST_CHANNELS = 4096  # of images; means and deviations have a number for each
 
 RecipeT = TypeVar("RecipeT", bound="RecipeFile")
 
@@ -306,6 +307,7 @@ def check_minima(recipe: RecipeFile, minima: Mapping[str, float]) -> None:
 
 
 __all__ = [
+    "MOST_CHANNELS",
     "RecipeFile",
     "add_recipe_flags",
     "check_finite",

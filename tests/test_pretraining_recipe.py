@@ -71,6 +71,7 @@ WRONG = {
     "long value": ("mask_sharing: " + "x" * 9000, "must be one of image, batch"),
     "long key": ("x" * 9000 + ": 1", "is not valid YAML"),
     "long": ("# " + "x" * 200_000, "has more than 131,072 bytes"),
+    "channels beyond all memory": ("num_channels: 1000000000", "num_channels 1000000000 must be at most 4096"),
     "object": ("seed: !!python/object/apply:os.getcwd []", "is not valid YAML"),
 }
 
