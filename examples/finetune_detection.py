@@ -52,6 +52,7 @@ from green_swin_hf.energy import add_energy_flag, check_energy
 from green_swin_hf.hub_upload import add_hub_flags, open_hub
 from green_swin_hf.image_decoding import BrokenDataError
 from green_swin_hf.loader_watch import LoaderError, LoaderWatch
+from green_swin_hf.numerics import loss_scale
 from green_swin_hf.optimization import build_optimizer, step_schedule
 from green_swin_hf.pretrained_start import load_backbone
 from green_swin_hf.publish import publish_results
@@ -343,7 +344,7 @@ def train_epoch(run: Run, batches: Iterator[dict[str, Any]], progress: tqdm, sig
         run.optimizer.zero_grad()
         learning_rate = run.optimizer.param_groups[0]["lr"]
         run.scheduler.step()
-        state.record_update(finite, recipe.stop_after_skipped)
+        state.record_update(finite, recipe.stop_after_skipped, scale=loss_scale(accelerator.scaler))
         report_skips(run, progress, finite, bad_images)
         sums = {name: sums.get(name, 0) + value for name, value in losses.items()}
         count += 1

@@ -60,6 +60,7 @@ from green_swin_hf.image_decoding import BrokenDataError
 from green_swin_hf.image_processing_green_swin import GreenSwinImageProcessor
 from green_swin_hf.loader_watch import LoaderError, LoaderWatch
 from green_swin_hf.lost_process import end_without_peers, is_lost_peer
+from green_swin_hf.numerics import loss_scale
 from green_swin_hf.online_probe import OnlineProbe, open_probe
 from green_swin_hf.optimization import build_optimizer, cosine_schedule, scaled_learning_rate, set_schedule
 from green_swin_hf.pretrained_start import load_for_continued_training
@@ -411,7 +412,7 @@ def train(run: Run, loader: LoaderWatch, progress: tqdm, stop_after: int | None,
         run.optimizer.zero_grad()
         learning_rate = run.optimizer.param_groups[0]["lr"]
         run.scheduler.step()
-        state.record_update(finite, recipe.stop_after_skipped)
+        state.record_update(finite, recipe.stop_after_skipped, loss=loss, scale=loss_scale(accelerator.scaler))
         images_since += run.images_per_update
         report_skips(run, progress, finite, bad_images)
 
@@ -500,6 +501,8 @@ def log_update(
         "skipped_images": total_bad_images(run)[0],
         "skipped_updates": state.skipped_updates,
     }
+    if (scale := loss_scale(accelerator.scaler)) is not None:
+        entry["loss_scale"] = scale
     if run.log:
         run.log.write(entry)
     accelerator.log({k: v for k, v in entry.items() if k != "step" and v is not None}, step=state.update)

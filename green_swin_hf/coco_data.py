@@ -154,6 +154,11 @@ def _check_images(path: Path, folder: Path, entries: list[dict[str, Any]]) -> di
         sides = entry.get("width"), entry.get("height")
         if not all(_is_integer(side) and side > 0 for side in sides):
             raise ValueError(f"{path}: image {number} needs width and height in pixels, not {sides}")
+        if _leads_out(name):
+            raise ValueError(
+                f"{path}: image {number} has the file_name {name[:200]!r}, which leads out of {folder}; "
+                "it must be the path below that folder"
+            )
         if not (folder / name).is_file():
             missing.append(name)
         images[number] = entry
@@ -165,6 +170,12 @@ def _check_images(path: Path, folder: Path, entries: list[dict[str, Any]]) -> di
             "give the folder they are in"
         )
     return images
+
+
+def _leads_out(name: str) -> bool:
+    """Whether a file's name, which a stranger may have written, is no plain path below a folder."""
+    parts = name.replace("\\", "/").split("/")
+    return ".." in parts or name.startswith(("/", "\\")) or ":" in parts[0] or "\0" in name
 
 
 def _check_annotations(

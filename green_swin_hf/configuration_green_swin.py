@@ -1,5 +1,6 @@
 """Configuration of GreenSwin: fields, the sizes derived from them, and their validation. No torch in here."""
 
+import reprlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -26,6 +27,9 @@ AUTO_MAP: dict[str, str] = {
     "AutoBackbone": "modeling_green_swin.GreenSwinBackbone",
 }
 
+_LARGEST_COUNT = 2**31 - 1  # beyond it sizes overflow long before any memory holds them
+_LARGEST_NUMBER = 3e38
+_MOST_STAGES = 16
 # Computed from the fields; a `config.json` of stock Swin carries them as entries, which are dropped on reading.
 _DERIVED_ENTRIES = ("model_type", "num_layers", "hidden_size", "stage_names", "path_norm")
 
@@ -234,18 +238,30 @@ class GreenSwinConfig(BackboneConfigMixin, PreTrainedConfig):
         _check_group_size(self)
 
 
+def shown(value: Any) -> str:
+    """A value as a message shows it: one line of at most some 100 characters, whatever a file may hold."""
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = brief.maxlong = 80
+    brief.maxlist = brief.maxtuple = brief.maxset = brief.maxdict = 8
+    try:
+        text = brief.repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return "of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
 def _require(holds: bool, field: str, value: Any, rule: str) -> None:
     if not holds:
-        raise ValueError(f"{field} {value!r} must be {rule}")
+        raise ValueError(f"{field} {shown(value)} must be {rule}")
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST_COUNT
 
 
 def _check_sizes(config: GreenSwinConfig) -> None:
     for field in ("num_channels", "embed_dim", "window_size"):
-        _require(_is_count(getattr(config, field)), field, getattr(config, field), "a positive integer")
+        _require(_is_count(getattr(config, field)), field, getattr(config, field), "a positive integer below 2^31")
     for field in ("image_size", "patch_size"):
         size = getattr(config, field)
         sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
@@ -257,8 +273,9 @@ def _check_sizes(config: GreenSwinConfig) -> None:
 def _check_stages(config: GreenSwinConfig) -> None:
     for field in ("depths", "num_heads"):
         values = getattr(config, field)
-        is_list = isinstance(values, (list, tuple)) and len(values) > 0 and all(map(_is_count, values))
-        _require(is_list, field, values, "a list of positive integers, one for each stage")
+        is_list = isinstance(values, (list, tuple)) and 0 < len(values) <= _MOST_STAGES and all(map(_is_count, values))
+        rule = f"a list of positive integers, one for each stage (at most {_MOST_STAGES})"
+        _require(is_list, field, values, rule)
     rule = f"as long as depths {list(config.depths)}: one number of heads for each stage"
     _require(len(config.num_heads) == len(config.depths), "num_heads", list(config.num_heads), rule)
     for stage, (channels, heads) in enumerate(zip(config.stage_channels, config.num_heads, strict=True), start=1):
@@ -281,27 +298,31 @@ def _check_rates(config: GreenSwinConfig) -> None:
         value = getattr(config, field)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         _require(is_number, field, value, "a number (YAML reads 1e-6 as text and 1.0e-6 as a number)")
+        _require(not abs(value) > _LARGEST_NUMBER, field, value, "finite, in float32 as well")
     _require(0 < config.mask_ratio < 1, "mask_ratio", config.mask_ratio, "greater than 0 and less than 1")
     for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
         value = getattr(config, field)
         _require(0 <= value < 1, field, value, "at least 0 and less than 1")
     for field in ("mlp_ratio", "layer_norm_eps"):
         _require(getattr(config, field) > 0, field, getattr(config, field), "greater than 0")
-    rule = f"at least 1 / embed_dim {config.embed_dim}, for an MLP of at least one unit"
-    _require(int(config.mlp_ratio * config.embed_dim) >= 1, "mlp_ratio", config.mlp_ratio, rule)
+    _require(config.initializer_range >= 0, "initializer_range", config.initializer_range, "at least 0")
+    rule = f"at least 1 / embed_dim {config.embed_dim}, for an MLP of at least one unit (and less than 2^31)"
+    width = int(config.mlp_ratio * config.embed_dim)
+    _require(1 <= width <= _LARGEST_COUNT, "mlp_ratio", config.mlp_ratio, rule)
 
 
 def _check_activation(config: GreenSwinConfig) -> None:
     from transformers.activations import ACT2FN  # imports torch, which only building a model needs otherwise
 
     rule = f"an activation of transformers: {', '.join(sorted(ACT2FN))}"
-    _require(config.hidden_act in ACT2FN, "hidden_act", config.hidden_act, rule)
+    is_known = isinstance(config.hidden_act, str) and config.hidden_act in ACT2FN
+    _require(is_known, "hidden_act", config.hidden_act, rule)
 
 
 def _check_decoder(config: GreenSwinConfig) -> None:
     for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
         value = getattr(config, f"decoder_{field}")
-        _require(_is_count(value), f"decoder_{field}", value, "a positive integer")
+        _require(_is_count(value), f"decoder_{field}", value, "a positive integer below 2^31")
     width, heads = config.decoder_hidden_size, config.decoder_num_attention_heads
     _require(width % 4 == 0, "decoder_hidden_size", width, "a multiple of 4 (sine and cosine of row and column)")
     _require(width % heads == 0, "decoder_hidden_size", width, f"a multiple of decoder_num_attention_heads {heads}")
@@ -321,4 +342,4 @@ def _check_group_size(config: GreenSwinConfig) -> None:
     _require(is_valid, "group_size", size, rule)
 
 
-__all__ = ["AUTO_MAP", "VARIANTS", "GreenSwinConfig", "as_pair", "clamp_window", "stage_grid_sizes"]
+__all__ = ["AUTO_MAP", "VARIANTS", "GreenSwinConfig", "as_pair", "clamp_window", "shown", "stage_grid_sizes"]

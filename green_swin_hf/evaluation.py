@@ -70,7 +70,7 @@ def read_config(folder: str) -> PretrainedConfig:
         raise ValueError(f"model folder {folder} does not exist; give one with a model, or a name on the Hub")
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of files, of the network, and of configurations that contradict themselves
         raise ValueError(f"model {folder} cannot be read: {_one_line(error)}") from None
     if config.model_type not in ("green_swin", "swin"):
@@ -95,7 +95,7 @@ def load_processor(folder: str) -> ProcessorTransform:
             f"save its image processor there: processor.save_pretrained({folder!r})"
         )
     try:
-        return ProcessorTransform(AutoImageProcessor.from_pretrained(folder))
+        return ProcessorTransform(AutoImageProcessor.from_pretrained(folder, trust_remote_code=False))
     except Exception as error:
         raise ValueError(f"the image processor of {folder} cannot be read: {_one_line(error)}") from None
 

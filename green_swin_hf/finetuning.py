@@ -104,7 +104,7 @@ def complete_recipe(recipe: FinetuningRecipe, config: GreenSwinConfig) -> Finetu
 
 def _processor_of(folder: str) -> Any:
     with contextlib.suppress(OSError, ValueError), quiet_transformers():
-        return AutoImageProcessor.from_pretrained(folder)
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     return None
 
 

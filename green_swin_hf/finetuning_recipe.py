@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from .configuration_green_swin import GreenSwinConfig
-from .recipe_files import RecipeFile, check_finite, check_minima, checked, option
+from .recipe_files import MOST_CHANNELS, RecipeFile, check_finite, check_minima, checked, option
 
 NO_MODEL = "none"  # as --model: random weights
 
@@ -175,6 +175,7 @@ def _check_ranges(recipe: FinetuningRecipe) -> None:
         **dict.fromkeys(("labels_share", "evaluation_crop", "layer_decay", "min_lr_ratio"), 1),
         **dict.fromkeys(("color_jitter", "random_erasing", "rand_augment_probability"), 1),
         "rand_augment": 10,
+        "num_channels": MOST_CHANNELS,
     }
     for name, maximum in at_most.items():
         value = getattr(recipe, name)

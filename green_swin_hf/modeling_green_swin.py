@@ -677,12 +677,12 @@ class GreenSwinModel(GreenSwinPreTrainedModel):
         batch_size = pixel_values.shape[0]
         geometry = SparseGeometry.from_config(self.config, (pixel_values.shape[2], pixel_values.shape[3]))
         if bool_masked_pos is not None:
+            sparse_plan = build_sparse_plan(bool_masked_pos, geometry)
             if len(bool_masked_pos) not in (1, batch_size):
                 raise ValueError(
                     f"bool_masked_pos has {len(bool_masked_pos)} rows for {batch_size} images; "
                     "give one row for all images or one for each"
                 )
-            sparse_plan = build_sparse_plan(bool_masked_pos, geometry)
         assert sparse_plan is not None
         sparse_plan.check_batch(batch_size, geometry)
         if sparse_plan.visible_unit_index.device != pixel_values.device:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .configuration_green_swin import GreenSwinConfig, as_pair
-from .recipe_files import RecipeFile, check_finite, check_minima, checked, option
+from .recipe_files import MOST_CHANNELS, RecipeFile, check_finite, check_minima, checked, option
 
 # The usual statistics of photographs, pixels in 0 … 1.
 IMAGENET_DEFAULT_MEAN = (0.485, 0.456, 0.406)
@@ -152,7 +153,7 @@ class PretrainingRecipe(RecipeFile):
             ValueError: fields contradict each other (see `GreenSwinConfig`).
         """
         fields = {name: getattr(self, name) for name in _CONFIG_FIELDS if getattr(self, name) is not None}
-        if str(fields.get("group_size", "")).isdigit():
+        if re.fullmatch(r"\d{1,15}", str(fields.get("group_size", ""))):
             fields["group_size"] = int(fields["group_size"])
         if self.variant is None:
             return GreenSwinConfig(**fields)
@@ -169,6 +170,8 @@ def _check_ranges(recipe: PretrainingRecipe) -> None:
     }
     check_finite(recipe)
     check_minima(recipe, at_least)
+    if recipe.num_channels > MOST_CHANNELS:
+        raise ValueError(f"num_channels {recipe.num_channels} must be at most {MOST_CHANNELS}")
     for name in ("epochs", "max_steps", "threads"):
         value = getattr(recipe, name)
         if value is not None and not value > 0:

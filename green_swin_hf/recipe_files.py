@@ -5,16 +5,25 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import types
 import typing
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import yaml
+
+from .configuration_green_swin import shown
+
+_LARGEST_FILE = 2**17  # bytes
+_LARGEST_INTEGER = 2**63
+_DEEPEST = 8  # lists in lists
+MOST_CHANNELS = 4096  # of images; means and deviations have a number for each
 
 RecipeT = TypeVar("RecipeT", bound="RecipeFile")
 
@@ -48,7 +57,7 @@ class RecipeFile:
 
     def with_flags(self: RecipeT, flags: dict[str, Any]) -> RecipeT:
         """The recipe with flags on top: `replace`, where a kind of recipe has no keys that depend on others."""
-        return self.replace(**flags)
+        return dataclasses.replace(self, **checked(flags, type(self)))
 
     def differences(self, other: RecipeFile) -> dict[str, tuple[Any, Any]]:
         """Keys that change what is trained and differ, each with both values (this recipe's first)."""
@@ -59,7 +68,7 @@ class RecipeFile:
     def existing_paths(self, folder: Path = Path()) -> dict[str, Path]:
         """What the `path_keys` name that exists, relative to `folder` or absolute."""
         named = {key: folder / value for key in self.path_keys if (value := getattr(self, key))}
-        return {key: path for key, path in named.items() if path.exists()}
+        return {key: path for key, path in named.items() if _exists(path)}
 
     def to_dict(self) -> dict[str, Any]:
         """Keys and values in the order of the class, sequences as lists, without what is not set."""
@@ -67,14 +76,46 @@ class RecipeFile:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML whose mappings name no key twice: the standard loader takes the last one without a word."""
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a text too long for a path is a name of something else, or of nothing
+        return False
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML of plain values whose mappings name no key twice: the standard loader takes the last one without a word.
+
+    Flat and without aliases, too: a recipe needs neither, a few hundred bytes of aliases can stand for a billion
+    entries, and the time for brackets in brackets grows with their square.
+    """
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(problem="aliases (*name) are not allowed")
+        if self._depth == _DEEPEST:
+            raise yaml.composer.ComposerError(problem="it nests too deeply")
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def fetch_flow_collection_start(self, kind: Any) -> None:
+        if self.flow_level == _DEEPEST:
+            raise yaml.scanner.ScannerError(problem="it nests too deeply")
+        super().fetch_flow_collection_start(kind)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(problem=f"key {twice!r} is given twice")
+        names = set()
+        for key, _ in node.value:
+            name = self.construct_object(key, deep=True)
+            if not isinstance(name, Hashable):
+                raise yaml.constructor.ConstructorError(problem=f"key {shown(name)} must be a word")
+            if name in names:
+                raise yaml.constructor.ConstructorError(problem=f"key {shown(name)} is given twice")
+            names.add(name)
         return super().construct_mapping(node, deep)
 
 
@@ -88,10 +129,13 @@ def load_recipe(path: str | os.PathLike[str], kind: type[RecipeT]) -> RecipeT:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"recipe {path} is not a file; give the path of a YAML file")
+    if path.stat().st_size > _LARGEST_FILE:
+        raise ValueError(f"recipe {path} has more than {_LARGEST_FILE:,} bytes; give a file of settings")
+    content = path.read_bytes()
     try:
-        entries = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        entries = yaml.load(content.decode("utf-8"), _RecipeLoader)
+    except Exception as error:  # values that are none, such as a 13th month, raise what their reader stumbles on
+        raise ValueError(f"recipe {path} is not valid YAML: {_in_one_line(error)}") from None
     if entries is None:
         raise ValueError(f"recipe {path} is empty; give one with the keys of a run")
     if not isinstance(entries, dict):
@@ -99,18 +143,23 @@ def load_recipe(path: str | os.PathLike[str], kind: type[RecipeT]) -> RecipeT:
     try:
         recipe = kind().with_flags(entries)
     except ValueError as error:
-        raise ValueError(f"recipe {path}: {error}") from None
+        raise ValueError(f"recipe {path}: {_in_one_line(error)}") from None
     return recipe.replace(**{key: str(beside.resolve()) for key, beside in recipe.existing_paths(path.parent).items()})
+
+
+def _in_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 500 else f"{text[:500]}…"
 
 
 def save_recipe(recipe: RecipeFile, path: str | os.PathLike[str]) -> None:
     """Write a recipe that `load_recipe` reads back as the same one, whole or not at all.
 
-    What is given by an absolute path is named relative to the file.
+    What is given by an absolute path, and exists, is named relative to the file.
     """
     entries = recipe.to_dict()
-    for key in recipe.path_keys:
-        if Path(entries.get(key, "")).is_absolute():
+    for key in recipe.existing_paths():
+        if Path(entries[key]).is_absolute():
             entries[key] = os.path.relpath(entries[key], Path(path).resolve().parent)
     text = yaml.safe_dump(entries, sort_keys=False, default_flow_style=None, allow_unicode=True)
     partial = Path(f"{os.fspath(path)}.partial")
@@ -148,8 +197,13 @@ def flag_overrides(arguments: argparse.Namespace, kind: type[RecipeFile]) -> dic
 
 def _kinds(kind: type[RecipeFile], name: str) -> tuple[Any, ...]:
     """Types that a field accepts: `int | None` is `(int, NoneType)`."""
-    hint = typing.get_type_hints(kind)[name]
+    hint = _hints(kind)[name]
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+@functools.cache  # evaluating them takes milliseconds
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def checked(entries: dict[str, Any], kind: type[RecipeFile]) -> dict[str, Any]:
@@ -161,15 +215,16 @@ def checked(entries: dict[str, Any], kind: type[RecipeFile]) -> dict[str, Any]:
     known = {item.name: item for item in dataclasses.fields(kind)}
     for name in entries:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown key {str(name)!r}; the closest valid key is {close!r}")
+            text = name if isinstance(name, str) else shown(name)
+            close = difflib.get_close_matches(text[:80], known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown key {shown(text)}; the closest valid key is {close!r}")
     checked = {name: _typed(kind, name, value) for name, value in entries.items()}
     for name, value in checked.items():
         choices = known[name].metadata["choices"]
         items = value if isinstance(value, tuple) else (value,)
         if choices and not all(item is None or item in choices for item in items):
             wrong = next(item for item in items if item not in choices)
-            raise ValueError(f"{name} {wrong!r} must be one of {', '.join(choices)}")
+            raise ValueError(f"{name} {shown(wrong)} must be one of {', '.join(choices)}")
     return checked
 
 
@@ -180,14 +235,14 @@ def _typed(recipe: type[RecipeFile], name: str, value: Any) -> Any:
         if converted is not _NO_MATCH:
             return converted
     names = [_KIND_NAMES[kind] for kind in _kinds(recipe, name)]
-    raise ValueError(f"{name} {value!r} must be {' or '.join(names)}")
+    raise ValueError(f"{name} {shown(value)} must be {' or '.join(names)}")
 
 
 _NO_MATCH = object()
 _KIND_NAMES = {
     int: "an integer",
     float: "a number",
-    str: "text",
+    str: "text in one line",
     bool: "true or false",
     types.NoneType: "null",
     tuple[int, ...]: "a list of integers",
@@ -212,19 +267,28 @@ def _convert(value: Any, kind: Any) -> Any:
     if isinstance(value, bool) or kind is bool:
         return value if isinstance(value, bool) and kind is bool else _NO_MATCH
     if kind is str:
-        return str(value) if isinstance(value, str | int) else _NO_MATCH
+        return _text(value)
     return _number(value, kind)
 
 
+def _text(value: Any) -> Any:
+    """A name or a path, which holds no control characters and no halves of others."""
+    if not isinstance(value, str) and not (isinstance(value, int) and abs(value) < _LARGEST_INTEGER):
+        return _NO_MATCH
+    text = str(value)
+    return _NO_MATCH if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text) else text
+
+
 def _number(value: Any, kind: type[int] | type[float]) -> Any:
-    if isinstance(value, str):
-        try:
-            return kind(value)
-        except ValueError:
-            return _NO_MATCH
-    if isinstance(value, int) or (isinstance(value, float) and (kind is float or value.is_integer())):
-        return kind(value)
-    return _NO_MATCH
+    if not isinstance(value, str | int | float) or (
+        kind is int and isinstance(value, float) and not value.is_integer()
+    ):
+        return _NO_MATCH
+    try:
+        number = kind(value)
+    except (ValueError, OverflowError):
+        return _NO_MATCH
+    return number if kind is float or abs(number) < _LARGEST_INTEGER else _NO_MATCH
 
 
 def check_finite(recipe: RecipeFile) -> None:
@@ -245,6 +309,7 @@ def check_minima(recipe: RecipeFile, minima: Mapping[str, float]) -> None:
 
 
 __all__ = [
+    "MOST_CHANNELS",
     "RecipeFile",
     "add_recipe_flags",
     "check_finite",

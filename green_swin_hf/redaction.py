@@ -10,7 +10,7 @@ from huggingface_hub import get_token
 # Tokens of the Hub, those of headers, what stands before the @ of an address (keys may hold a slash, ports are none),
 # and what signs the address of a large file.
 _CREDENTIALS = (
-    r"\bhf_[A-Za-z0-9]{12,}",
+    r"\bhf_[A-Za-z0-9]{10,}",
     r"(?<=Bearer )\S+",
     r"(?<=://)(?:[^/\s]+|[^/:\s]+:(?!\d+/)\S+)(?=@)",
     r"(?<=\?)[^\s'\">]+=[^\s'\">]+",

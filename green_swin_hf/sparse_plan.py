@@ -331,9 +331,15 @@ def unit_masks(bool_masked_pos: Tensor, geometry: SparseGeometry) -> Tensor:
     """
     (rows, columns), side = geometry.unit_grid_size, geometry.patches_per_unit_side
     num_units = rows * columns
-    if bool_masked_pos.ndim != 2 or bool_masked_pos.shape[1] not in (num_units, num_units * side**2):
+    if not isinstance(bool_masked_pos, Tensor):
+        raise ValueError(f"bool_masked_pos is {type(bool_masked_pos).__name__}; it must be a tensor")
+    if bool_masked_pos.layout != torch.strided or bool_masked_pos.is_meta:
+        kind = "on the meta device" if bool_masked_pos.is_meta else str(bool_masked_pos.layout)
+        raise ValueError(f"bool_masked_pos is {kind}; it must be a dense tensor with values")
+    shape = tuple(bool_masked_pos.shape)
+    if len(shape) != 2 or shape[0] == 0 or shape[1] not in (num_units, num_units * side**2):
         raise ValueError(
-            f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}; it must be (batch, {num_units}) for mask units "
+            f"bool_masked_pos has shape {shape}; it must be (batch, {num_units}) for mask units "
             f"or (batch, {num_units * side**2}) for patches of images with {rows}x{columns} mask units"
         )
     mask = bool_masked_pos.detach().cpu()
@@ -464,7 +470,8 @@ def _groups_in_order(
     tokens = int(counts[0])
     if tokens > capacity or not bool((counts == tokens).all()):
         return None
-    images = next(images for images in range(capacity // tokens, 0, -1) if num_images % images == 0)
+    fitting = min(capacity // tokens, num_images)  # a group_size may be any number
+    images = next(images for images in range(fitting, 0, -1) if num_images % images == 0)
     return num_images // images, images * tokens
 
 

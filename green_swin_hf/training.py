@@ -31,6 +31,7 @@ from .data import (
     seeded_generator,
 )
 from .modeling_green_swin import patchify, unit_statistics
+from .numerics import COLLAPSED_LOSS_SCALE, explain_collapse, explain_skips
 from .redaction import redacted
 
 
@@ -123,7 +124,7 @@ def count_updates(num_images: int, batch_size: int, accumulation: int = 1, num_p
 
 
 class DivergenceError(RuntimeError):
-    """Too many updates in a row had gradients that were not finite."""
+    """Too many updates in a row had gradients that were not finite, or the loss scale of fp16 has collapsed."""
 
 
 @dataclass
@@ -146,20 +147,26 @@ class RunState:
     bad_in_epoch: int = 0
     log_position: int = 0
 
-    def record_update(self, finite: bool, limit: int) -> None:
+    def record_update(
+        self, finite: bool, limit: int, *, loss: Tensor | None = None, scale: float | None = None
+    ) -> None:
         """Count an update; `finite` says whether its gradients were.
 
+        Args:
+            limit: updates in a row that may be skipped, less one.
+            loss: of this update, for the message.
+            scale: see `numerics.loss_scale`.
+
         Raises:
-            DivergenceError: `limit` updates in a row were skipped.
+            DivergenceError: `limit` updates in a row were skipped, or the loss scale of fp16 has collapsed.
         """
         self.update += 1
         self.skipped_updates += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if scale is not None and scale < COLLAPSED_LOSS_SCALE:
+            raise DivergenceError(explain_collapse(self.skipped_updates, self.update, scale))
         if self.skipped_in_a_row >= limit:
-            raise DivergenceError(
-                f"{limit} updates in a row, up to update {self.update}, had gradients that are not finite; lower "
-                "--learning-rate, use --precision bf16 or fp32, or look for broken images"
-            )
+            raise DivergenceError(explain_skips(limit, self.update, loss, scale))
 
 
 class TrainingLog:

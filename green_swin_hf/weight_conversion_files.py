@@ -187,8 +187,8 @@ def _flat_settings(node: Any) -> dict[str, Any]:
     return flat
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _one_line(error: Exception, longest: int = 200) -> str:
+    return " ".join(str(error).split())[:longest] or type(error).__name__
 
 
 @contextmanager
@@ -196,8 +196,10 @@ def refusal_in_one_line(path: Path | str) -> Iterator[None]:
     """Turn what nobody foresaw of a stranger's file into a `ValueError` of one line that names the file."""
     try:
         yield
-    except (ValueError, OSError):
+    except OSError:
         raise
+    except ValueError as error:  # it may quote names of the file, which may hold anything
+        raise ValueError(_one_line(error, longest=800)) from error
     except Exception as error:
         reason = f"{type(error).__name__}: {_one_line(error)}"
         if "weights_only" in str(error):  # torch's advice to run the code of the file

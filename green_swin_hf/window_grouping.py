@@ -155,6 +155,7 @@ def solve_grouping(sizes: Sequence[int], capacity: int) -> WindowGrouping:
     num_tokens = sum(sizes)
     if not num_tokens:
         return WindowGrouping(group_size=0, groups=(), num_tokens=0)
+    capacity = min(capacity, num_tokens)  # more room says nothing, and costs memory
     packing = _pack(_histogram(positions), capacity, lower_bound=-(-num_tokens // capacity))
     groups = tuple(_place_windows(packing, positions))
     return WindowGrouping(group_size=_largest_load(packing), groups=groups, num_tokens=num_tokens)
@@ -220,7 +221,7 @@ def choose_grouping(
     if group_size == "optimal":
         return solve_optimal_grouping(sizes, channels)
     slots = window_area if group_size == "window" else group_size
-    if not isinstance(slots, int):
+    if not isinstance(slots, int) or isinstance(slots, bool):
         raise ValueError(f'group_size {group_size!r} must be "window", "optimal" or a number of slots')
     if slots < window_area:
         raise ValueError(

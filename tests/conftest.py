@@ -5,6 +5,7 @@ import torch
 
 
 def pytest_addoption(parser):
+    parser.addoption("--soak-steps", type=int, default=22, help="updates of a soak in test_numerics.py")
     parser.addoption("--kills", type=int, default=0, help="how often each run is killed in test_survival.py")
 
 

@@ -206,6 +206,10 @@ WRONG = {
     "image without size": (change_image(height=0), "image 7 needs width and height"),
     "image without name": (change_image(file_name=None), "an image needs an integer id and a file_name"),
     "image not there": (change_image(file_name="c.png"), "1 of 2 images .* such as c.png; give the folder"),
+    **{
+        f"file_name {name!r}": (change_image(file_name=name), r"image 7 has the file_name .* which leads out of")
+        for name in ("../a.png", "sub/../../a.png", "/etc/passwd", "C:a.png", r"..\a.png", "a.png\0")
+    },
     "no images": (lambda entries: entries["images"].clear(), "lists no images"),
     "no categories": (lambda entries: entries["categories"].clear(), "has no categories"),
     "category twice": (lambda entries: entries["categories"][0].update(name="cat"), "is there twice"),

@@ -249,6 +249,12 @@ def test_variants_take_a_window_and_overrides():
         ({"hidden_act": "gelly"}, r"hidden_act 'gelly' must be an activation of transformers: gelu"),
         ({"mlp_ratio": 0.01}, r"mlp_ratio 0.01 must be"),
         ({"layer_norm_eps": "1e-6"}, r"layer_norm_eps '1e-6' must be a number"),
+        # found by tests/fuzz.py
+        ({"hidden_act": ["gelu"]}, r"hidden_act \['gelu'\] must be an activation"),
+        ({"initializer_range": float("inf")}, r"initializer_range inf must be finite"),
+        ({"initializer_range": -1}, r"initializer_range -1 must be at least 0"),
+        ({"mlp_ratio": 1e308}, r"mlp_ratio 1e\+308 must be finite, in float32 as well"),
+        ({"depths": [1] * 17, "num_heads": [1] * 17}, r"depths \[1, .*\] must be a list .*\(at most 16\)"),
         ({"mask_ratio": None}, r"mask_ratio None must be a number"),
         ({"norm_pix_loss": "no"}, r"norm_pix_loss 'no' must be True or False"),
         (
@@ -264,6 +270,18 @@ def test_contradictions_raise_with_field_value_and_rule(changes, message):
 
 
 # Folders of stock Swin
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("embed_dim", 10**5000), ("layer_norm_eps", 10**400), ("hidden_act", "x" * 5000), ("depths", [[1] * 5000] * 3)],
+    ids=["thousands of digits", "beyond all floats", "long text", "long list"],
+)
+def test_a_value_of_any_size_is_shown_short(field, value):
+    """Found by tests/fuzz.py."""
+    with pytest.raises(ValueError, match=f"^{field} .* must be ") as refusal:
+        tiny_config(**{field: value})
+    assert len(str(refusal.value)) < 1000
 
 
 def test_config_of_a_stock_swin_folder_becomes_green_swin(tmp_path):

@@ -12,7 +12,7 @@ import warnings
 import pytest
 import torch
 from tiny import images, randomised, tiny_config
-from tiny_swins import GOLDEN, microsoft_tensors, refused, run, saved_stock, stock_config, timm_swin
+from tiny_swins import GOLDEN, PHOTO, microsoft_tensors, refused, run, saved_stock, stock_config, timm_swin
 from transformers import SwinForMaskedImageModeling, SwinModel
 
 import green_swin_hf.weight_conversion as conversion
@@ -147,6 +147,15 @@ def test_a_file_that_is_no_state_dict_is_refused_without_torchs_advice(write, tm
     error = refused(capsys, tmp_path / "swin.pth", tmp_path / "out")
     assert "ask for a .safetensors file, or a state dict saved by torch.save" in error
     assert "weights_only" not in error
+
+
+def test_names_of_tensors_cannot_break_the_line(tmp_path):
+    """Found by tests/fuzz.py."""
+    torch.save({**timm_swin().state_dict(), "no\nline": torch.zeros(1), "x" * 5000: torch.zeros(1)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="no line") as refusal:
+        conversion.convert_to_green_swin(tmp_path / "a.pth", PHOTO)
+    assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) <= 800
 
 
 @pytest.mark.parametrize(

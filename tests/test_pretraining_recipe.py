@@ -51,6 +51,27 @@ WRONG = {
     "pad": ("pad: 1000", "pad 1000 must be at most image_size 224"),
     "mean": ("mean: [.nan, 0, 0]", "must be finite"),
     "no yaml": ("a: [", "is not valid YAML"),
+    # found by tests/fuzz.py
+    "aliases": ("data: &a x\nsplit: *a", "aliases (*name) are not allowed"),
+    "alias bomb": (
+        "\n".join(["seed: &a0 [1, 1]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40))]),
+        "aliases",
+    ),
+    "nested": ("depths: " + "[" * 3000, "it nests too deeply"),
+    "no such day": ("seed: 2020-99-99", "is not valid YAML: month must be in 1..12"),
+    "no such truth": ("flip: !!bool maybe", "is not valid YAML"),
+    "no such time": ("seed: !!timestamp x", "is not valid YAML"),
+    "list as a key": ("? [a]\n: 1", "key ['a'] must be a word"),
+    "truth as a key": ("true: 1", "unknown key 'True'"),
+    "beyond all floats": ("epochs: 1" + "0" * 400, "must be a number"),
+    "beyond all machines": ("workers: 1" + "0" * 30, "must be an integer"),
+    "thousands of digits": ("data: 0x" + "F" * 9000, "data of thousands of digits must be text in one line"),
+    "half a letter": ('data: "\\ud800"', "data '\\ud800' must be text in one line"),
+    "NUL in a path": ('data: "a\\0"', "data 'a\\x00' must be text in one line"),
+    "long value": ("mask_sharing: " + "x" * 9000, "must be one of image, batch"),
+    "long key": ("x" * 9000 + ": 1", "is not valid YAML"),
+    "long": ("# " + "x" * 200_000, "has more than 131,072 bytes"),
+    "channels beyond all memory": ("num_channels: 1000000000", "num_channels 1000000000 must be at most 4096"),
     "object": ("seed: !!python/object/apply:os.getcwd []", "is not valid YAML"),
 }
 
@@ -63,6 +84,21 @@ def test_a_wrong_recipe_is_refused_in_one_line_that_names_the_file(tmp_path, tex
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 800
+
+
+def test_a_text_too_long_for_a_path_is_a_name(tmp_path):
+    """Found by tests/fuzz.py: the system refuses to look for it."""
+    name = "x" * 9000
+    recipe = load_recipe(write(tmp_path, f"data: {name}"), PretrainingRecipe)
+    assert recipe.data == name
+
+
+def test_an_absolute_path_that_does_not_exist_stays_as_it_is(tmp_path):
+    """Found by tests/fuzz.py: it became relative, and a relative one that does not exist is not read from the file."""
+    recipe = PretrainingRecipe(data="/not/there")
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml", PretrainingRecipe).data == "/not/there"
 
 
 def test_a_missing_recipe_is_named(tmp_path):

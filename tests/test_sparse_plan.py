@@ -522,6 +522,12 @@ WRONG_MASKS = {
         torch.cat([torch.zeros(2, 16), torch.ones(1, 16)]),
         "masks every unit of image 2; leave at least one visible",
     ),
+    # found by tests/fuzz.py
+    "no rows": (torch.zeros(0, 16), "shape (0, 16); it must be (batch, 16)"),
+    "nothing at all": (None, "bool_masked_pos is NoneType; it must be a tensor"),
+    "a list": ([[0] * 16], "bool_masked_pos is list; it must be a tensor"),
+    "sparse": (torch.zeros(1, 16).to_sparse(), "bool_masked_pos is torch.sparse_coo; it must be a dense tensor"),
+    "without values": (torch.zeros(1, 16, device="meta"), "bool_masked_pos is on the meta device"),
     "nothing visible, patches": (torch.ones(1, 256), "masks every unit of image 0"),
 }
 
@@ -588,3 +594,9 @@ def test_a_plan_for_another_model_raises(changes):
 def test_a_plan_serves_models_that_group_differently():
     plan = build_sparse_plan(PLAN_MASKS["shared"], SparseGeometry.from_config(tiny_config()))
     plan.check_batch(1, SparseGeometry.from_config(tiny_config(group_size="optimal")))
+
+
+def test_a_huge_group_size_costs_no_more_time_than_one_that_holds_the_batch():
+    """Found by tests/fuzz.py: it counted down from the number."""
+    plan = build_sparse_plan(torch.zeros(1, 16), SparseGeometry.from_config(tiny_config(group_size=2**31 - 1)))
+    assert [stage.regular.num_groups for stage in plan.stages] == [1, 1, 1]

@@ -330,3 +330,14 @@ class TestChooseGrouping:
     def test_errors_name_field_value_and_rule(self, sizes, rule, message):
         with pytest.raises(ValueError, match=message):
             choose_grouping(sizes, rule, 49, 128)
+
+
+def test_a_capacity_beyond_all_tokens_takes_no_memory_for_the_rest():
+    """Found by tests/fuzz.py: there was an entry for each slot."""
+    assert solve_grouping([3, 0, 2], 10**12) == solve_grouping([3, 0, 2], 5)
+
+
+def test_a_truth_is_no_number_of_slots():
+    """Found by tests/fuzz.py."""
+    with pytest.raises(ValueError, match="group_size True must be"):
+        choose_grouping([1], True, 1, 8)

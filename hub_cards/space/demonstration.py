@@ -138,7 +138,7 @@ def load_model(name: str) -> LoadedModel:
         loaded: Any = GreenSwinForMaskedImageModeling.from_pretrained(
             name, output_loading_info=True, use_safetensors=True
         )
-        processor = AutoImageProcessor.from_pretrained(name)
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # readers of files that are no weights raise what they like
         raise ValueError(f"Model {name!r} cannot be loaded: {_short(error)}") from None
     model, report = loaded
