@@ -195,7 +195,7 @@ def flag_overrides(arguments: argparse.Namespace, kind: type[RecipeFile]) -> dic
     return {name: value[0] if name in single and int in _kinds(kind, name) else value for name, value in values.items()}
 
 
-def _kinds(kind: type[RecipeFile], name: str) -> tuple[Any, ...]:
+def _kinds(kind: Any, name: str) -> tuple[Any, ...]:
     """Types that a field accepts: `int | None` is `(int, NoneType)`."""
     hint = _hints(kind)[name]
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

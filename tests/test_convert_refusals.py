@@ -191,7 +191,7 @@ ENTRIES = {
     "mean": ({}, {"image_mean": ["a"]}, "its image processor says image_mean ['a']"),
     "deviation": ({}, {"image_std": [1, 0, 1]}, "its image processor says image_std [1, 0, 1]"),
     "size": ({}, {"size": "big"}, "its image processor says size 'big'"),
-    "activation": ({"hidden_act": {}}, {}, "cannot be converted"),
+    "activation": ({"hidden_act": {}}, {}, "hidden_act {} m"),
 }
 
 
