@@ -1,7 +1,7 @@
 #!/bin/bash
 # Several machines under Slurm, one process for each GPU:
 #   sbatch examples/launch/slurm.sh --recipe … --data … --output-dir /shared/runs/swin_base
-# Submitted again, also by Slurm itself after its time limit (--requeue), it goes on where it stopped.
+# Submitted again, or by Slurm itself after a machine failed (--requeue), it goes on where it stopped.
 #SBATCH --job-name=green-swin
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
