@@ -74,7 +74,7 @@ def test_a_worker_that_hangs_is_ended_and_named_with_its_sample(trouble):
     ("trouble", "said"),
     [
         pytest.param(signalled("SIGKILL"), "SIGKILL: perhaps memory ran out", id="killed"),
-        pytest.param(signalled("SIGHUP"), "SIGHUP", id="hung-up-on"),
+        pytest.param(signalled("SIGUSR2"), "SIGUSR2", id="signalled"),
         pytest.param(lambda: os._exit(3), "exit code 3", id="exited"),
     ],
 )
