@@ -31,9 +31,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as with_seed
 from hypothesis import strategies as st
 
-# Before torch is imported: the cases are tiny, and threads cost more than they bring.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-if __name__ == "__main__":  # a test that imports this file has a Hub of its own
+if __name__ == "__main__":  # before torch is imported: the cases are tiny, and threads cost more than they bring
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
