@@ -50,7 +50,6 @@ from green_swin_hf.detection_recipe import DetectionRecipe
 from green_swin_hf.drawn_shapes import SHAPE_NAMES, load_photographs, write_coco_shapes
 from green_swin_hf.energy import add_energy_flag, check_energy
 from green_swin_hf.hub_upload import add_hub_flags, open_hub
-from green_swin_hf.image_decoding import BrokenDataError
 from green_swin_hf.loader_watch import LoaderError, LoaderWatch
 from green_swin_hf.numerics import loss_scale
 from green_swin_hf.optimization import build_optimizer, step_schedule
@@ -196,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         # ValueError: an image that was not annotated so; OSError: the disk is full
         progress.close()
         record.stop()
-        is_own = isinstance(error, LoaderError | BrokenDataError)  # of this process alone
+        is_own = not isinstance(error, DivergenceError | TooManyBadImagesError)  # these all processes have
         message = f"stopped: {last_line(error)}; whole checkpoints are in {output / 'checkpoints'}"
         return fail(accelerator, message, by_all=is_own)
     print_results(run, written, time.monotonic() - started)

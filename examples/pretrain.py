@@ -243,7 +243,8 @@ def main(argv: list[str] | None = None) -> int:
     except (DivergenceError, OSError) as error:  # OSError: the disk is full or gone
         progress.close()
         record.stop()
-        return fail(accelerator, f"stopped: {error}; whole checkpoints are in {output / 'checkpoints'}")
+        message = f"stopped: {error}; whole checkpoints are in {output / 'checkpoints'}"
+        return fail(accelerator, message, by_all=isinstance(error, OSError))
     except RuntimeError as error:
         if not is_lost_peer(error, accelerator):
             raise
@@ -623,7 +624,14 @@ def open_output(run: Run, report_to: str) -> None:
 
 
 def note_changes(run: Run, record: RunRecord, changes: dict[str, tuple[Any, Any]]) -> None:
-    """Say and keep, in the log and the record, which settings are others from this update on."""
+    """Say and keep, in the log and the record, which settings are others from this update on.
+
+    What the record holds of changes that no checkpoint was saved after goes: the run is back before them.
+    """
+    noted = record.content.get("changed_settings", [])
+    earlier = [entry for entry in noted if entry["after_update"] < run.state.update]
+    if earlier != noted:
+        record.note(changed_settings=earlier)
     if not changes:
         return
     shown = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changes.items())
@@ -631,7 +639,6 @@ def note_changes(run: Run, record: RunRecord, changes: dict[str, tuple[Any, Any]
     settings = {name: list(pair) for name, pair in changes.items()}
     if run.log:
         run.log.write({"step": run.state.update, "epoch": run.epoch, "changed_settings": settings})
-    earlier = record.content.get("changed_settings", [])
     record.note(changed_settings=[*earlier, {"after_update": run.state.update, "settings": settings}])
 
 

@@ -158,7 +158,10 @@ def turn_upright(image: Image.Image) -> None:
 
 
 def _as_eight_bits(image: Image.Image) -> Image.Image:
-    """A grey 8-bit image of one with 16-bit, 32-bit or float pixels, scaled by the smallest range that holds them."""
+    """A grey 8-bit image of one with 16-bit, 32-bit or float pixels, scaled by the smallest range that holds them.
+
+    Pixels below 0 are black.
+    """
     values = np.asarray(image)
     if not np.isfinite(values).all():
         raise ValueError("has pixels that are NaN or infinite")
@@ -168,6 +171,8 @@ def _as_eight_bits(image: Image.Image) -> Image.Image:
         ranges, largest = (1, 255, 65535), largest / _FLOAT_OVERSHOOT
     else:
         ranges = (255, 65535, 2**31 - 1) if image.mode == "I" else (65535,)
+        if image.format in ("PNG", "PPM"):  # which hold 16 bits, although Pillow opens some as 32
+            ranges = (65535,)
     whole = next((limit for limit in ranges if largest <= limit), None)
     if whole is None:
         raise ValueError(f"has float pixels up to {values.max():.3g}: no known range")

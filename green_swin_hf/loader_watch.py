@@ -26,6 +26,7 @@ _PROCESS, _KEY, _SINCE = range(3)
 _BETWEEN = -1  # a key that is none: between two samples
 _JOIN_SECONDS = 5
 _CLOSING_SECONDS = 0.5
+_LATE_SECONDS = 2  # by which a busy machine may wake the watching thread too late
 _BATCH_FACTOR = 10  # a batch of slow images may take longer than one image
 
 
@@ -102,7 +103,7 @@ class _NotedStream(IterableDataset[Any]):
         self.stream, self.notes = stream, notes
 
     def __iter__(self) -> Iterator[Any]:
-        self.notes.take(0)
+        # Before the first sample a stream is opened and its shuffle buffer filled, which takes as long as it takes.
         for number, sample in enumerate(self.stream, start=1):
             self.notes.leave()
             yield sample
@@ -151,9 +152,15 @@ class LoaderWatch:
 
     def _look(self) -> None:
         """Kill a worker that has been on one sample for too long, which ends the loader."""
-        while not self._is_over.wait(min(1, self.timeout / 4)):
-            since = time.monotonic_ns() - self.timeout * 1e9
-            hung = next((row for row in self._notes.rows() if row[_KEY] != _BETWEEN and row[_SINCE] < since), None)
+        between = min(1, self.timeout / 4)
+        looked = resumed = time.monotonic_ns()
+        while not self._is_over.wait(between):
+            now = time.monotonic_ns()
+            if now - looked > (between + _LATE_SECONDS) * 1e9:  # all were stopped, and the clock was not
+                resumed = now
+            looked, since = now, now - self.timeout * 1e9
+            rows = self._notes.rows() if resumed < since else []
+            hung = next((row for row in rows if row[_KEY] != _BETWEEN and row[_SINCE] < since), None)
             if hung:
                 self._hung = hung
                 self._workers[hung[_PROCESS]].kill()  # not joined: torch's handler in the main thread looks for its end
@@ -198,7 +205,8 @@ class LoaderWatch:
         return " ".join(str(error).split()) if str(error).startswith("DataLoader worker") else None  # of another loader
 
     def _dead_workers(self) -> list[int]:
-        return [pid for pid, worker in self._workers.items() if not worker.is_alive()]
+        """Those that did not end by themselves, as that of an empty share of a stream does."""
+        return [pid for pid, worker in self._workers.items() if not worker.is_alive() and worker.exitcode != 0]
 
     def _describe(self, row: tuple[int, int, int]) -> str:
         process, key, since = row

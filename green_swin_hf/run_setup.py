@@ -141,7 +141,9 @@ def read_recipe(
     else:  # a run that was stopped before its first checkpoint has its recipe all the same
         recipe = load_recipe(own if arguments.resume and own.is_file() else default, kind)
     flags = flag_overrides(arguments, kind)
-    recipe = recipe.with_flags(flags) if before is None else recipe.replace(**flags)
+    # The same command again means the same run: what flags do to a file, they do to it each time.
+    is_from_file = before is None or arguments.recipe
+    recipe = recipe.with_flags(flags) if is_from_file else recipe.replace(**flags)
     # so that the run goes on from another working directory, too
     return recipe.replace(**{name: os.path.abspath(path) for name, path in recipe.existing_paths().items()})
 

@@ -252,3 +252,12 @@ def test_a_worker_that_ends_ends_the_run_which_goes_on_exactly(mixed_folder, who
     assert run_pretrain("--output-dir", output, "--resume", "auto") == 0
     assert_same(weights(whole), weights(output))
     assert training_losses(whole) == training_losses(output)
+
+
+@pytest.mark.parametrize("brightest", [200, 40_000])
+def test_dark_pictures_of_16_bits_have_the_scale_of_bright_ones(brightest):
+    """Pillow opens such a PGM as 32-bit, where the range depends on the brightest pixel."""
+    header = b"P5 2 1 65535\n"
+    pixels = np.array([0, brightest], dtype=">u2").tobytes()
+    decoded = decode_image({"bytes": header + pixels, "path": None}, "L")
+    assert decoded.flatten().tolist() == [0, round(brightest / 257)]

@@ -245,6 +245,30 @@ def test_override_goes_on_with_other_settings_that_count_from_then_on_and_are_no
     assert load_recipe(output / "recipe.yaml", PretrainingRecipe).batch_size == 4
 
 
+def test_the_same_command_again_goes_on_with_the_run(grey_images, tmp_path):
+    """As a queue gives it; what flags for data and epochs do to a recipe file, they do to it each time."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "validation_split: validation\nepochs: 20\nwarmup_epochs: 4\nnum_channels: 1\nmean: [0.3]\nstd: [0.2]\n"
+        "image_size: 32\npatch_size: 2\nwindow_size: 4\nprobe_every: 3\nlabel_column: label\n"
+    )
+    flags = ["--recipe", recipe, "--data", grey_images, *TINY[:-4], "--threads", 1, "--epochs", 1, "--resume", "auto"]
+    flags += ["--output-dir", tmp_path / "run"]
+    assert run_pretrain(*flags, "--stop-after", 3) == 0
+    assert run_pretrain(*flags) == 0
+    assert [step for step, _, _ in training_losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_an_override_that_was_not_saved_is_not_recorded(grey_images, tmp_path):
+    output = tmp_path / "run"
+    assert run_pretrain("--output-dir", output, "--data", grey_images, *TINY, "--max-steps", 3, "--stop-after", 2) == 0
+    record = json.loads((output / "run.json").read_text())
+    lost = [{"after_update": 2, "settings": {"learning_rate": [0.003, 0.3]}}]
+    (output / "run.json").write_text(json.dumps({**record, "changed_settings": lost}))  # as a killed start leaves it
+    assert run_pretrain("--output-dir", output, "--resume", "auto") == 0
+    assert json.loads((output / "run.json").read_text())["changed_settings"] == []
+
+
 def test_override_cannot_change_the_model_and_is_for_runs_that_go_on(grey_images, tmp_path, capsys):
     output = tmp_path / "run"
     flags = ["--output-dir", output, "--data", grey_images, *TINY, "--max-steps", 4]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
+from green_swin_hf import loader_watch
 from green_swin_hf.loader_watch import LoaderError, LoaderWatch, _WorkerNotes
 from green_swin_hf.stop_signals import SIGNALS
 
@@ -149,3 +150,23 @@ def test_notes_are_shared_with_workers_that_are_not_forked():
     (process, key, _), idle = notes.rows()[1], notes.rows()[0]
     assert (process, key) == (os.getpid(), 5)
     assert idle[0] == 0
+
+
+def test_workers_that_were_stopped_with_all_the_rest_are_not_hung(monkeypatch):
+    """A queue that suspends a job, or Ctrl-Z: the clock goes on, and the watching thread wakes too late to judge."""
+    monkeypatch.setattr(loader_watch, "_LATE_SECONDS", 0.2)
+    watch = LoaderWatch(Numbers(lambda: time.sleep(2)), num_workers=1, timeout=0.5, batch_size=4)
+    wait = watch._is_over.wait
+    monkeypatch.setattr(watch._is_over, "wait", lambda seconds: wait(1))
+    assert read_all(watch) == list(range(40))
+
+
+def read_and_fail(watch):
+    assert len(list(watch)) == 5
+    raise OSError("disk full")
+
+
+def test_workers_that_are_done_do_not_hide_another_error():
+    watch = LoaderWatch(NumberStream(lambda: None), num_workers=1, timeout=TIMEOUT, batch_size=4)
+    with pytest.raises(OSError, match="disk full"), watch.explained():
+        read_and_fail(watch)

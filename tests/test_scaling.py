@@ -105,7 +105,7 @@ def test_the_slurm_script_starts_every_process_with_its_place_and_the_users_word
     """With stand-ins for Slurm's own commands, and for Python, which tells what it was called with."""
     stand_ins = {
         "scontrol": "echo first-machine; echo second-machine",
-        "srun": 'shift\nfor i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@"; done',
+        "srun": 'shift; shift\nfor i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@"; done',
         "python": 'echo "$RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT"\n'
         'printf "<%s>" "$@"; echo',
     }
@@ -113,6 +113,7 @@ def test_the_slurm_script_starts_every_process_with_its_place_and_the_users_word
         (tmp_path / name).write_text(f"#!/bin/bash\n{code}\n")
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "m[1-2]", "SLURM_JOB_ID": "70001", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    slurm["SLURM_CPUS_PER_TASK"] = "3"
     variables = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     words = ["--data", "two words", "--epochs", "3"]
     done = subprocess.run(

@@ -22,7 +22,8 @@ export OMP_NUM_THREADS=1
 # export FSDP_RESHARD_AFTER_FORWARD=true FSDP_STATE_DICT_TYPE=FULL_STATE_DICT
 
 # `exec`, so that the signal reaches Python and not a shell that waits for it.
-srun --kill-on-bad-exit=1 bash -c '
+# srun does not take --cpus-per-task over from sbatch by itself.
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 bash -c '
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
   exec python examples/pretrain.py --resume auto "$@"
 ' green-swin "$@"
