@@ -172,18 +172,21 @@ class LoaderWatch:
 
         It can come at any moment, not only while a batch is waited for, and wrapped in other errors.
         """
-        try:
-            yield
-        except Exception as error:
-            self._is_over.set()
-            with _deaf_to_children():
+        with contextlib.ExitStack() as deafness:
+            try:
+                try:
+                    yield
+                finally:
+                    # Up to here torch's handler may interrupt, also the handling of what came before it. It does so
+                    # once for each loader.
+                    self._is_over.set()
+                    deafness.enter_context(_deaf_to_children())
+            except Exception as error:
                 reason = self._explain(error)
-            if reason is None:
-                raise
-            raise LoaderError(reason) from error
-        finally:
-            self._is_over.set()
-            with _deaf_to_children():
+                if reason is None:
+                    raise
+                raise LoaderError(reason) from error
+            finally:
                 self._end_workers()
 
     def _explain(self, error: Exception) -> str | None:

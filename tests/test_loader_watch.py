@@ -19,9 +19,9 @@ TIMEOUT = 60.0
 
 
 class Numbers(Dataset):
-    """Samples that are their keys; one key brings trouble."""
+    """Samples that are their keys; one key brings trouble, later than workers get while the loader still starts."""
 
-    def __init__(self, trouble=lambda: None, key=13):
+    def __init__(self, trouble=lambda: None, key=33):
         self.trouble, self.key = trouble, key
 
     def __len__(self):
@@ -66,7 +66,7 @@ def test_a_worker_that_hangs_is_ended_and_named_with_its_sample(trouble):
     began = time.monotonic()
     with pytest.raises(LoaderError, match=r"worker hung and was ended: .*\(worker_timeout 1\)") as caught:
         read_all(watch)
-    assert "was on picture 13.png (key 13), taken" in str(caught.value)
+    assert "was on picture 33.png (key 33), taken" in str(caught.value)
     assert time.monotonic() - began < 60  # seconds; a busy machine starts processes slowly
     assert multiprocessing.active_children() == []
 
@@ -81,14 +81,14 @@ def test_a_worker_that_hangs_is_ended_and_named_with_its_sample(trouble):
 )
 def test_a_worker_that_dies_is_named_with_its_sample(trouble, said):
     watch = LoaderWatch(Numbers(trouble), num_workers=2, timeout=TIMEOUT, batch_size=4)
-    where = r"process \d+ was on picture 13.png \(key 13\), taken"
+    where = r"process \d+ was on picture 33.png \(key 33\), taken"
     with pytest.raises(LoaderError, match=rf"worker died \({said}\): {where}"):
         read_all(watch)
     assert multiprocessing.active_children() == []
 
 
 def slow_collate(samples):
-    time.sleep(600 if 13 in samples else 0)
+    time.sleep(600 if 33 in samples else 0)
     return torch.tensor(samples)
 
 
@@ -114,8 +114,25 @@ def read_in_vain(watch):
 
 def test_an_end_that_shows_in_another_error_is_told():
     watch = LoaderWatch(Numbers(signalled("SIGKILL")), num_workers=1, timeout=TIMEOUT, batch_size=1)
-    with pytest.raises(LoaderError, match="picture 13"), watch.explained():
+    with pytest.raises(LoaderError, match="picture 33"), watch.explained():
         read_in_vain(watch)
+
+
+def test_an_end_that_shows_while_another_error_is_handled_is_told(monkeypatch):
+    """torch's handler may raise at any instruction, also after what the worker's closed connection raised."""
+    watch = LoaderWatch(Numbers(signalled("SIGKILL")), num_workers=1, timeout=TIMEOUT, batch_size=1)
+    say_over, late = watch._is_over.set, [RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")]
+
+    def interrupted():
+        if late:
+            raise late.pop()
+        say_over()
+
+    monkeypatch.setattr(watch._is_over, "set", interrupted)
+    with pytest.raises(LoaderError, match="picture 33"), watch.explained():
+        read_in_vain(watch)
+    assert not late
+    assert multiprocessing.active_children() == []
 
 
 def test_workers_leave_the_signals_of_a_queue_to_the_training_process():

@@ -104,7 +104,8 @@ def test_accelerate_reads_its_files_as_they_are_meant(name, monkeypatch):
 def test_the_slurm_script_starts_every_process_with_its_place_and_the_users_words(tmp_path):
     """With stand-ins for Slurm's own commands, and for Python, which tells what it was called with."""
     stand_ins = {
-        "scontrol": "echo first-machine; echo second-machine",
+        # more than a pipe holds, so that a reader who closes it early shows
+        "scontrol": "echo first-machine; for i in {2..9999}; do echo machine-$i; done",
         "srun": 'shift; shift\nfor i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@"; done',
         "python": 'echo "$RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT"\n'
         'printf "<%s>" "$@"; echo',

@@ -13,9 +13,10 @@
 #SBATCH --signal=USR1@120
 set -euo pipefail
 
+# All of scontrol's lines are read: under `pipefail` a `head` that closes the pipe early would end the job.
+hostnames=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # There is no `accelerate launch` in between: it would not pass the signal on. accelerate reads these variables.
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR=${hostnames%%$'\n'*} MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS=1
 # Divided weights (FSDP), as in fsdp.yaml:
 # export ACCELERATE_USE_FSDP=true FSDP_VERSION=2 FSDP_AUTO_WRAP_POLICY=TRANSFORMER_BASED_WRAP
