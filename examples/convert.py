@@ -137,7 +137,7 @@ def read_origin(arguments: argparse.Namespace, fetched: Path) -> dict[str, Any]:
 
 def write(
     conversion: Conversion, origin: dict[str, Any], arguments: argparse.Namespace
-) -> tuple[Export | None, list[Comparison], list[str]]:
+) -> tuple[Export | None, Comparison, list[str]]:
     """Make the output folder; returns what an export says, how it compares with the model, and names of its files."""
     model: Any = conversion.model
     processor = processor_options(conversion.checkpoint, model.config)
@@ -148,28 +148,27 @@ def write(
         if arguments.to == "green-swin":
             model.save_pretrained(folder)
             build_processor(processor).save_pretrained(folder)
-            comparisons = [written_comparison(model, folder, arguments.photo)]
+            comparison = written_comparison(model, folder, arguments.photo)
         else:
             to = export_to_swin if arguments.to == "swin" else export_to_timm
             export = to(model, processor, folder, arguments.photo)
-            comparisons = export.comparisons
+            comparison = export.comparison
             library = "timm" if arguments.to == "timm" else "transformers"
-            words = [str(comparison) for comparison in comparisons]
             name = arguments.output.resolve().name
-            card = render_export_card(name, library, export.kind, model.config, words, record)
+            card = render_export_card(name, library, export.kind, model.config, str(comparison), record)
             (folder / "README.md").write_text(str(card), encoding="utf-8")
         write_record(folder, {**record, "weights": weight_checksums(folder)})
         names = sorted(path.name for path in folder.iterdir())
-    return export, comparisons, names
+    return export, comparison, names
 
 
 def report(
     conversion: Conversion,
     origin: dict[str, Any],
-    written: tuple[Export | None, list[Comparison], list[str]],
+    written: tuple[Export | None, Comparison, list[str]],
     arguments: argparse.Namespace,
 ) -> None:
-    export, comparisons, names = written
+    export, comparison, names = written
     config = conversion.model.config
     decoder = f", decoder {config.decoder_hidden_size} wide with {config.decoder_num_attention_heads} heads"
     has_decoder = type(conversion.model).__name__ == "GreenSwinForMaskedImageModeling"
@@ -187,13 +186,11 @@ def report(
         print(f"Exported: {export.num_tensors} tensors under the names of {FORMATS[arguments.to]}")
     for line in conversion.left_out + (export.left_out if export else []):
         print(f"Left out: {line}")
-    for line in conversion.changes:
+    for line in conversion.changes + (export.changes if export else []):
         print(f"Changed: {line}")
-    when = ", before the change" if conversion.changes and not arguments.legacy_merge_order else ""
-    for comparison in conversion.comparisons:
-        print(f"Compared on {arguments.photo.name}{when}: {comparison}")
-    for comparison in comparisons:
-        print(f"Compared on {arguments.photo.name}, as written: {comparison}")
+    when = ", before the change of sizes" if conversion.is_adapted else ""
+    print(f"Compared on {arguments.photo.name}{when}: {conversion.comparison}")
+    print(f"Compared on {arguments.photo.name}, as written: {comparison}")
     print(f"Wrote {arguments.output}: {listed_files(names)}")
     unknown = "not known, and the card claims none; if you know it, convert with --license NAME"
     print(f"Licence of the weights: {origin.get('license', unknown)}")

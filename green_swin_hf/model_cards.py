@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,7 @@ def render_card(facts: CardFacts) -> ModelCard:
 
 
 def render_export_card(
-    name: str, library: str, kind: str, config: GreenSwinConfig, comparisons: Sequence[str], record: dict[str, Any]
+    name: str, library: str, kind: str, config: GreenSwinConfig, comparison: str, record: dict[str, Any]
 ) -> ModelCard:
     """The card of weights in the format of another library: what they are, how to load them, whose they are.
 
@@ -81,7 +80,7 @@ def render_export_card(
         library: "transformers" or "timm".
         kind: "encoder", "classifier" or "backbone".
         config: of the exported model.
-        comparisons: how its outputs compare with the model's, in words.
+        comparison: how its outputs compare with the model's, in words.
         record: of the conversion.
     """
     task = TASKS["classification" if kind == "classifier" else "pretrained"]
@@ -90,7 +89,7 @@ def render_export_card(
     )
     rows, columns = as_pair(config.image_size)
     values = {"name": name, "library": library, "kind": kind, "config": config, "rows": rows, "columns": columns}
-    values |= {"comparisons": comparisons, "has_code": False}
+    values |= {"comparison": comparison, "has_code": False}
     text = _environment().get_template("exported.md").render(**values, **_origin_values(record))
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 

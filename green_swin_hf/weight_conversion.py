@@ -28,10 +28,10 @@ from .weight_conversion_check import (
     outputs_of,
     photo_pixels,
     published_outputs,
-    set_epsilon,
 )
 from .weight_conversion_files import Checkpoint, open_checkpoint, refusal_in_one_line
 from .weight_conversion_geometry import (
+    STOCK_EPSILON,
     adapt_weights,
     check_image_size,
     check_windows,
@@ -39,6 +39,7 @@ from .weight_conversion_geometry import (
     folder_config,
     own_entries,
     table_windows,
+    with_embedding_epsilon,
 )
 from .weight_conversion_names import (
     FORMATS,
@@ -100,7 +101,8 @@ class Conversion:
         num_tensors: tensors of the source that were converted.
         left_out: what was not, in words.
         changes: what differs on request, in words.
-        comparisons: outputs on the picture, before any change.
+        is_adapted: whether its sizes were changed, after the comparison.
+        comparison: outputs on the picture.
     """
 
     model: GreenSwinPreTrainedModel
@@ -109,18 +111,20 @@ class Conversion:
     num_tensors: int
     left_out: list[str]
     changes: list[str]
-    comparisons: list[Comparison]
+    is_adapted: bool
+    comparison: Comparison
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A checkpoint under our names; kind is a key of `MODELS`."""
+    """A checkpoint under our names; kind is a key of `MODELS`, changes say how its weights were made to fit ours."""
 
     checkpoint: Checkpoint
     source_format: str
     tensors: dict[str, Tensor]
     config: GreenSwinConfig
     kind: str
+    changes: list[str]
 
 
 def convert_to_green_swin(source: Path, photo: Path, options: ConversionOptions = ConversionOptions()) -> Conversion:
@@ -143,23 +147,22 @@ def _converted(checkpoint: Checkpoint, photo: Path, options: ConversionOptions) 
     num_tensors = len(checkpoint.tensors) - sum(note.count for note in left_out)
     source_ = _read_source(checkpoint, source_format, tensors, options)
     model = build_model(source_.kind, source_.config, source_.tensors)
-    comparisons = _compared(source_, model, photo, options)
-    changed, config, changes = adapt_weights(
+    comparison = _compared(source_, model, photo, options)
+    changed, config, adapted = adapt_weights(
         source_.tensors,
         source_.config,
         image_size=options.image_size,
         window_size=options.window_size,
         num_channels=options.num_channels,
     )
-    if changes:
+    if adapted:
         model = build_model(source_.kind, config, changed)
-    if options.legacy_merge_order:
-        changes.insert(0, "patch merging: siblings 00, 01, 10, 11 reordered to Swin's 00, 10, 01, 11")
     dtypes = {tensor.dtype for tensor in source_.tensors.values()}
     if len(dtypes) == 1:
         model = _in_type(model, dtypes.pop())
     notes = [f"{note.count} {note.what}" for note in left_out]
-    return Conversion(model, checkpoint, source_format, num_tensors, notes, changes, comparisons)
+    changes = source_.changes + adapted
+    return Conversion(model, checkpoint, source_format, num_tensors, notes, changes, bool(adapted), comparison)
 
 
 def _in_type(model: Any, dtype: torch.dtype) -> GreenSwinPreTrainedModel:
@@ -225,6 +228,7 @@ def _read_source(
     checkpoint: Checkpoint, source_format: str, tensors: dict[str, Tensor], options: ConversionOptions
 ) -> _Source:
     """Kind and configuration of renamed weights."""
+    changes: list[str] = []
     if options.decoder_heads is not None and source_format != "greenmim":
         raise ValueError(f"--decoder-heads is for published GreenMIM files; this is {FORMATS[source_format]}")
     if options.legacy_merge_order:
@@ -234,10 +238,13 @@ def _read_source(
                 f"{FORMATS[source_format]}"
             )
         tensors = undo_legacy_merge_order(tensors)
+        changes.append("patch merging: siblings 00, 01, 10, 11 reordered to Swin's 00, 10, 01, 11")
     if source_format in ("swin", "green-swin"):
         if options.layer_norm_eps is not None:
             raise ValueError("--layer-norm-eps is for files of weights alone; this folder's config.json tells it")
         config = folder_config(checkpoint)
+        if source_format == "swin":
+            tensors, changes = with_embedding_epsilon(tensors, STOCK_EPSILON, config.layer_norm_eps)
     else:
         config = config_of_shapes(
             tensors,
@@ -252,7 +259,7 @@ def _read_source(
     check_image_size(config)
     check_windows(tensors, config)
     kinds = (kind for kind, prefix in _HEADS.items() if any(name.startswith(prefix) for name in tensors))
-    return _Source(checkpoint, source_format, tensors, config, next(kinds, "encoder"))
+    return _Source(checkpoint, source_format, tensors, config, next(kinds, "encoder"), changes)
 
 
 def build_model(kind: str, config: GreenSwinConfig, tensors: Mapping[str, Tensor]) -> GreenSwinPreTrainedModel:
@@ -281,9 +288,7 @@ def _load(model: Any, tensors: Mapping[str, Tensor]) -> None:
     model.load_state_dict(tensors)
 
 
-def _compared(
-    source: _Source, model: GreenSwinPreTrainedModel, photo: Path, options: ConversionOptions
-) -> list[Comparison]:
+def _compared(source: _Source, model: GreenSwinPreTrainedModel, photo: Path, options: ConversionOptions) -> Comparison:
     """Our outputs beside those of an independent computation on the source.
 
     Raises:
@@ -294,9 +299,9 @@ def _compared(
     ours = outputs_of(model, pixels)
     if source.source_format == "green-swin":
         loaded = loaded_outputs(MODELS[source.kind], source.checkpoint.path, config, pixels)
-        return [accepted(compare_outputs(ours, loaded, "from the folder's own model"))]
+        return accepted(compare_outputs(ours, loaded, "from the folder's own model"))
     if source.source_format == "swin":
-        return stock_comparisons(source.checkpoint.path, source.kind, config, pixels, ours)
+        return stock_comparison(source.checkpoint.path, source.kind, config, pixels, ours)
     published = published_outputs(
         source.checkpoint.tensors,
         config,
@@ -307,7 +312,7 @@ def _compared(
     wanted = [published["last_hidden_state"]]
     wanted += [published["logits"]] if source.kind == "classifier" else []
     wanted += [published["predictions"]] if source.kind == "pretraining" else []
-    return [accepted(compare_outputs(ours, wanted, "from Swin's definition on the file's own tensors"))]
+    return accepted(compare_outputs(ours, wanted, "from Swin's definition on the file's own tensors"))
 
 
 def _size(config: GreenSwinConfig) -> tuple[int, int]:
@@ -343,13 +348,10 @@ def written_comparison(model: GreenSwinPreTrainedModel, folder: Path, photo: Pat
     return accepted(compare_outputs(outputs_of(whole, pixels), written, "from the folder that was written"))
 
 
-def stock_comparisons(
+def stock_comparison(
     folder: Path, kind: str, config: GreenSwinConfig, pixels: Tensor, ours: list[Tensor]
-) -> list[Comparison]:
+) -> Comparison:
     """Our outputs beside those of the stock class that loads a folder.
-
-    Stock Swin applies `layer_norm_eps` in the blocks and at the end only, and 1e-5 elsewhere. Where that makes a
-    difference, it is shown, and the outputs must agree with one epsilon everywhere.
 
     Raises:
         ValueError: they differ by more than rounding, or the folder does not load.
@@ -360,21 +362,29 @@ def stock_comparisons(
         entries = own_entries(transformers.SwinConfig.get_config_dict(folder)[0])
         stock_config = transformers.SwinConfig.from_dict(entries)
         stock = stock_class.from_pretrained(folder, config=stock_config, dtype=torch.float32).eval()
-        as_loaded = compare_outputs(ours, outputs_of(stock, pixels), f"from transformers' {_STOCK[kind]}")
+        compared = compare_outputs(ours, outputs_of(stock, pixels), f"from transformers' {_STOCK[kind]}")
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"transformers' {_STOCK[kind]} does not run on {folder}: {reason}") from None
-    if as_loaded.agrees or config.layer_norm_eps == 1e-5:
-        return [accepted(as_loaded)]
-    set_epsilon(stock, config.layer_norm_eps)
-    against = f"from the same with epsilon {config.layer_norm_eps:g} in every LayerNorm (stock Swin: 1e-05 in some)"
-    return [as_loaded, accepted(compare_outputs(ours, outputs_of(stock, pixels), against))]
+    return accepted(compared, told_epsilon(config))
 
 
-def accepted(comparison: Comparison) -> Comparison:
-    """The comparison itself, or a `ValueError` where the outputs differ by more than rounding, or prove nothing."""
+def told_epsilon(config: GreenSwinConfig) -> str:
+    """What may be the reason of a difference from Swins that have an epsilon of their own; empty where it cannot."""
+    if config.layer_norm_eps == STOCK_EPSILON:
+        return ""
+    own = config.layer_norm_eps
+    return f" (norms there have epsilon {STOCK_EPSILON:g} whatever the configuration says; here: {own:g})"
+
+
+def accepted(comparison: Comparison, reason: str = "") -> Comparison:
+    """The comparison itself, or a `ValueError` where the outputs differ by more than rounding, or prove nothing.
+
+    Args:
+        reason: what may be behind a difference.
+    """
     if not comparison.agrees:
-        raise ValueError(f"the conversion is refused, nothing is written: {comparison}")
+        raise ValueError(f"the conversion is refused, nothing is written: {comparison}{reason}")
     if not comparison.depends_on_the_picture:
         raise ValueError(
             "the conversion is refused, nothing is written: the outputs are the same for two pictures, which proves "
@@ -390,6 +400,7 @@ __all__ = [
     "accepted",
     "build_model",
     "convert_to_green_swin",
-    "stock_comparisons",
+    "stock_comparison",
+    "told_epsilon",
     "written_comparison",
 ]

@@ -80,13 +80,6 @@ def outputs_of(model: nn.Module, pixel_values: Tensor) -> list[Tensor]:
     return [encoder(pixel_values).last_hidden_state, outputs.logits]
 
 
-def set_epsilon(model: nn.Module, epsilon: float) -> None:
-    """Give every LayerNorm of a model the same epsilon: stock Swin's configuration reaches some of them only."""
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = epsilon
-
-
 def photo_pixels(photo: Path, size: tuple[int, int], num_channels: int) -> Tensor:
     """A photograph and its half turn, for a comparison: [2, num_channels, rows, columns], zero mean, unit variance.
 
@@ -251,5 +244,4 @@ __all__ = [
     "photo_pixels",
     "position_index",
     "published_outputs",
-    "set_epsilon",
 ]

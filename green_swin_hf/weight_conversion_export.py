@@ -15,7 +15,7 @@ from transformers import BitImageProcessor, SwinConfig, ViTImageProcessor
 
 from .configuration_green_swin import VARIANTS, GreenSwinConfig, as_pair, stage_grid_sizes
 from .modeling_green_swin import GreenSwinBackbone, GreenSwinForImageClassification, GreenSwinPreTrainedModel
-from .weight_conversion import accepted, stock_comparisons
+from .weight_conversion import accepted, stock_comparison, told_epsilon
 from .weight_conversion_check import (
     Comparison,
     compare_outputs,
@@ -24,6 +24,7 @@ from .weight_conversion_check import (
     position_index,
     published_outputs,
 )
+from .weight_conversion_geometry import STOCK_EPSILON, with_embedding_epsilon
 from .weight_conversion_images import timm_description
 from .weight_conversion_names import published_names, to_published_names
 
@@ -46,7 +47,6 @@ _SHARED_FIELDS = (
     "layer_norm_eps",
     "encoder_stride",
 )
-_TIMM_EPSILON = 1e-5  # of every LayerNorm of timm's Swin; its `config.json` cannot say another
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,15 @@ class Export:
         kind: of the exported part, "encoder", "classifier" or "backbone".
         num_tensors: tensors in the file.
         left_out: what of the model has no counterpart there, in words.
-        comparisons: outputs on the picture.
+        changes: what differs in the weights, in words.
+        comparison: outputs on the picture.
     """
 
     kind: str
     num_tensors: int
     left_out: list[str]
-    comparisons: list[Comparison]
+    changes: list[str]
+    comparison: Comparison
 
 
 def export_to_swin(model: GreenSwinPreTrainedModel, processor: Mapping[str, Any], folder: Path, photo: Path) -> Export:
@@ -80,6 +82,7 @@ def export_to_swin(model: GreenSwinPreTrainedModel, processor: Mapping[str, Any]
     """
     check_stock_geometry(model.config)
     kind, tensors, left_out = _exported(model)
+    tensors, changes = with_embedding_epsilon(tensors, model.config.layer_norm_eps, STOCK_EPSILON)
     if kind != "classifier":  # stock files name the encoder of a bare model and of a backbone without a prefix
         tensors = {name.removeprefix("swin."): tensor for name, tensor in tensors.items()}
     # transformers 4.x keeps the index of the tables in its files, and memory that nobody filled where one lacks it
@@ -93,7 +96,8 @@ def export_to_swin(model: GreenSwinPreTrainedModel, processor: Mapping[str, Any]
     ours = _outputs(model, kind, pixels)
     if model.config.num_channels == 1:
         left_out = [*left_out, "turning pictures grey, which the stock image processor does not do"]
-    return Export(kind, len(tensors), left_out, stock_comparisons(folder, kind, model.config, pixels, ours))
+    comparison = stock_comparison(folder, kind, model.config, pixels, ours)
+    return Export(kind, len(tensors), left_out, changes, comparison)
 
 
 def stock_processor(options: Mapping[str, Any]) -> ViTImageProcessor | BitImageProcessor:
@@ -139,6 +143,7 @@ def export_to_timm(model: GreenSwinPreTrainedModel, processor: Mapping[str, Any]
     """
     check_timm_geometry(model.config)
     kind, ours, left_out = _exported(model)
+    ours, changes = with_embedding_epsilon(ours, model.config.layer_norm_eps, STOCK_EPSILON)
     if kind == "backbone":
         raise ValueError("timm's Swin has a final norm, a backbone has none; export the encoder or a classifier")
     names = published_names("timm", tuple(model.config.depths))
@@ -148,7 +153,7 @@ def export_to_timm(model: GreenSwinPreTrainedModel, processor: Mapping[str, Any]
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     pixels = photo_pixels(photo, as_pair(model.config.image_size), model.config.num_channels)
     written = load_file(folder / "model.safetensors")
-    return Export(kind, len(tensors), left_out, _timm_comparisons(written, model, kind, pixels))
+    return Export(kind, len(tensors), left_out, changes, _timm_comparison(written, model, kind, pixels))
 
 
 def check_timm_geometry(config: GreenSwinConfig) -> None:
@@ -211,12 +216,12 @@ def timm_config(config: GreenSwinConfig, kind: str, processor: Mapping[str, Any]
 def _exported(model: GreenSwinPreTrainedModel) -> tuple[str, dict[str, Tensor], list[str]]:
     """What stock Swin would call the model, its tensors with the prefix `swin.`, and what it cannot have."""
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if not any(name.startswith("swin.") for name in tensors):
+        tensors = {f"swin.{name}": tensor for name, tensor in tensors.items()}
     if isinstance(model, GreenSwinForImageClassification) and model.num_labels:
         return "classifier", tensors, []
     if isinstance(model, GreenSwinBackbone):
         return "backbone", tensors, []
-    if not any(name.startswith("swin.") for name in tensors):
-        return "encoder", {f"swin.{name}": tensor for name, tensor in tensors.items()}, []
     encoder = {name: tensor for name, tensor in tensors.items() if name.startswith("swin.")}
     rest = len(tensors) - len(encoder)
     return "encoder", encoder, [f"{rest} tensors of the decoder, which has no counterpart there"] if rest else []
@@ -233,22 +238,13 @@ def _outputs(model: GreenSwinPreTrainedModel, kind: str, pixels: Tensor) -> list
     return outputs_of(whole.swin if kind == "encoder" and hasattr(whole, "swin") else whole, pixels)
 
 
-def _timm_comparisons(
+def _timm_comparison(
     tensors: Mapping[str, Tensor], model: GreenSwinPreTrainedModel, kind: str, pixels: Tensor
-) -> list[Comparison]:
-    ours = _outputs(model, kind, pixels)
-
-    def compared(epsilon: float, against: str) -> Comparison:
-        theirs = published_outputs(tensors, model.config, pixels, merging_offset=1, epsilon=epsilon)
-        return compare_outputs(
-            ours, [theirs[name] for name in ("last_hidden_state", "logits") if name in theirs], against
-        )
-
-    as_loaded = compared(_TIMM_EPSILON, "from Swin's definition on the written tensors, with timm's epsilon 1e-05")
-    epsilon = model.config.layer_norm_eps
-    if as_loaded.agrees or epsilon == _TIMM_EPSILON:
-        return [accepted(as_loaded)]
-    return [as_loaded, accepted(compared(epsilon, f"from the same with the model's epsilon {epsilon:g}"))]
+) -> Comparison:
+    theirs = published_outputs(tensors, model.config, pixels, merging_offset=1, epsilon=STOCK_EPSILON)
+    wanted = [theirs[name] for name in ("last_hidden_state", "logits") if name in theirs]
+    against = f"from Swin's definition on the written tensors, with timm's epsilon {STOCK_EPSILON:g}"
+    return accepted(compare_outputs(_outputs(model, kind, pixels), wanted, against), told_epsilon(model.config))
 
 
 __all__ = [

@@ -27,6 +27,9 @@ _OWN_FIELDS = {
 _TABLE = "attention.self.relative_position_bias_table"
 _POSITIONS = "swin.embeddings.position_embeddings"
 _PROJECTION = "swin.embeddings.patch_embeddings.projection.weight"
+# Of stock Swin's norms behind the patch embedding, in patch merging and of a backbone's maps, whatever its
+# `layer_norm_eps`, and of every norm of timm's Swin.
+STOCK_EPSILON = 1e-5
 
 
 def folder_config(checkpoint: Checkpoint) -> GreenSwinConfig:
@@ -332,6 +335,30 @@ def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, in
     return resized.flatten(2).transpose(1, 2).contiguous().to(positions.dtype)
 
 
+def with_embedding_epsilon(
+    tensors: Mapping[str, Tensor], trained: float, computed: float
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights for another epsilon in the norm behind the patch embedding: `computed`, not `trained`.
+
+    That norm sees what the projection of patches makes, which may be small enough for its epsilon to matter (the other
+    norms see the residual stream). LayerNorm of k x with epsilon k² e is LayerNorm of x with epsilon e, so the
+    projection is multiplied by k = √(computed / trained).
+
+    Args:
+        tensors: under our names, the encoder with its prefix `swin.`.
+
+    Returns:
+        The weights, and what was changed, in words; nothing where the epsilons are equal.
+    """
+    if computed == trained:
+        return dict(tensors), []
+    names, factor = (_PROJECTION, _PROJECTION.replace("weight", "bias")), math.sqrt(computed / trained)
+    scaled = {name: tensor * factor if name in names else tensor for name, tensor in tensors.items()}
+    return scaled, [
+        f"patch embedding: times {factor:.3g}, for a norm behind it with epsilon {computed:g}, not {trained:g}"
+    ]
+
+
 def adapt_channels(weight: Tensor, num_channels: int) -> Tensor:
     """Weight of a patch embedding, [C, channels, p, p], for another number of channels, by timm's rule.
 
@@ -346,6 +373,7 @@ def adapt_channels(weight: Tensor, num_channels: int) -> Tensor:
 
 
 __all__ = [
+    "STOCK_EPSILON",
     "adapt_channels",
     "adapt_weights",
     "check_image_size",
@@ -359,4 +387,5 @@ __all__ = [
     "resize_table",
     "table_windows",
     "told_image_size",
+    "with_embedding_epsilon",
 ]

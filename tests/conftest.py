@@ -1,5 +1,9 @@
 """Set-up of every test: what runs here is tiny, and threads cost more than they bring."""
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before anybody reads it: BLAS under scikit-learn here, and all child processes
+
 import pytest
 import torch
 

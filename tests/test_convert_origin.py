@@ -126,7 +126,7 @@ def test_the_snippet_of_an_exported_card_runs_as_written(case, tmp_path, monkeyp
     save_picture(tmp_path / "out" / "picture.jpg")
     card = card_of(tmp_path / "out", target)
     assert card.data.to_dict()["library_name"] == ("timm" if target == "timm" else "transformers")
-    assert re.search(r"^- largest difference of outputs \d\.\de[-+]\d\d", card.text, flags=re.MULTILINE)
+    assert re.search(r": largest difference of outputs \d\.\de[-+]\d\d", card.text, flags=re.MULTILINE)
     assert not re.search(r"None|Undefined|[{}]%|\{\{|\}\}|\n\n\n\n", card.text)
     (block,) = re.findall(r"^```python\n(.*?)^```", card.text, flags=re.DOTALL | re.MULTILINE)
     names = {}

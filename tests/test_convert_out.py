@@ -151,8 +151,28 @@ def test_what_has_no_counterpart_is_named(tmp_path, capsys):
         assert run(tmp_path / "ours", tmp_path / target, "--to", target) == 0
         printed = capsys.readouterr().out
         assert "tensors of the decoder, which has no counterpart there" in printed
-        assert printed.count("Compared on astronaut.png, as written") == 2  # as it loads there, and with our epsilon
-        assert "0.0001" in printed
+        assert printed.count("Compared on astronaut.png, as written") == 1
+        assert "Changed: patch embedding: times 0.316, for a norm behind it with epsilon 1e-05, not 0.0001" in printed
+
+
+def test_the_recipes_epsilon_makes_no_difference_to_stock_swin(tmp_path):
+    """Of new weights, whose small patch embeddings make the most of it; the norm there has 1e-5 whatever is asked."""
+    model = GreenSwinModel(tiny_config(layer_norm_eps=1e-6)).eval()
+    model.save_pretrained(tmp_path / "ours")
+    assert run(tmp_path / "ours", tmp_path / "stock", "--to", "swin") == 0
+    assert run(tmp_path / "stock", tmp_path / "back") == 0
+    wanted = main_output(model, images(2))
+    unchanged = SwinModel.from_pretrained(tmp_path / "ours").eval()
+    assert (main_output(unchanged, images(2)) - wanted).abs().max() > 1e-3  # what the export must mend
+    for loaded in (SwinModel.from_pretrained(tmp_path / "stock"), GreenSwinModel.from_pretrained(tmp_path / "back")):
+        torch.testing.assert_close(main_output(loaded.eval(), images(2)), wanted, rtol=0, atol=3e-4)
+
+
+def test_an_epsilon_that_changes_the_outputs_is_refused(tmp_path, capsys):
+    GreenSwinModel(tiny_config(layer_norm_eps=1e-3)).save_pretrained(tmp_path / "ours")
+    for target in ("swin", "timm"):
+        refused(capsys, "norms there have epsilon 1e-05", tmp_path / "ours", tmp_path / target, "--to", target)
+        assert not (tmp_path / target).exists()
 
 
 # timm

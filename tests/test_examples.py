@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PRETRAIN = ROOT / "examples" / "pretrain.py"
 PHOTOS = ROOT / "examples" / "data" / "photos"
 TINY = [
+    "--precision",  # or a machine with native bf16 would train in it, which is not the same with another batch size
+    "fp32",
     "--batch-size",
     "8",
     "--validation-images",

@@ -37,7 +37,7 @@ PHOTOS = ROOT / "examples" / "data" / "photos"
 NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 GEOMETRY = {"embed_dim": 16, "depths": (1, 1, 1), "num_heads": (1, 2, 4), "num_channels": 1}
 FLAGS = ["--batch-size", 8, "--warmup-epochs", 0.5, "--epochs", 2, "--log-every", 1, "--threads", 1, "--workers", 0]
-FLAGS += ["--learning-rate", 4e-3, "--layer-decay", 0.9, "--min-lr-ratio", 0.01]
+FLAGS += ["--precision", "fp32", "--learning-rate", 4e-3, "--layer-decay", 0.9, "--min-lr-ratio", 0.01]
 SCRATCH = ["--model", "none", "--embed-dim", 16, "--depths", 1, 1, 1, "--num-heads", 1, 2, 4]
 
 finetune = load_script(FINETUNE)

@@ -37,7 +37,7 @@ TINY = [
     "4", "--pyramid-channels", "16", "--box-head-width", "16", "--mask-head-widths", "16", "--proposals", "40", "20",
     "--samples", "16", "16", "--max-detections", "5", "--batch-size", "4", "--epochs", "2", "--milestones", "1",
     "--warmup-updates", "1", "--validate-every", "1", "--log-every", "1", "--pictures", "2", "--threads", "1",
-    "--workers", "0", "--score-threshold", "0",
+    "--workers", "0", "--score-threshold", "0", "--precision", "fp32",
 ]
 # fmt: on
 
@@ -130,7 +130,7 @@ def trained(tmp_path_factory):
     flags = [
         "--drawn-images", 400, "--drawn-validation-images", 60, "--drawn-sides", 64, 96, "--drawn-shapes", 2,
         "--drawn-radii", 0.2, 0.35, "--short-sides", 64, "--long-side", 128, "--epochs", 5, "--milestones", 4,
-        "--warmup-updates", 40, "--validate-every", 5, "--workers", 0, "--output-dir", output,
+        "--warmup-updates", 40, "--validate-every", 5, "--workers", 0, "--precision", "fp32", "--output-dir", output,
     ]
     # fmt: on
     assert run_script(*flags) == 0

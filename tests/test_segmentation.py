@@ -404,7 +404,8 @@ def test_evaluation_returns_counts_at_the_size_of_the_labels(tmp_path):
 # Script
 
 TINY = """--crop-size 32 --embed-dim 8 --depths 1 1 1 1 --num-heads 1 1 2 2 --window-size 4 --head-channels 8
---auxiliary-channels 8 --batch-size 4 --max-steps 4 --warmup-steps 1 --validate-every 2 --log-every 1""".split()  # noqa: SIM905
+--auxiliary-channels 8 --batch-size 4 --max-steps 4 --warmup-steps 1 --validate-every 2 --log-every 1
+--precision fp32""".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="module")

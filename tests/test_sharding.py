@@ -26,7 +26,6 @@ FSDP = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
 }
-THREADS = {"OMP_NUM_THREADS": "1"}  # as launchers set it; accelerate warns without
 
 
 def pretrain_sharded_in_child(flags, output, variables):
@@ -38,7 +37,7 @@ def pretrain_sharded_in_child(flags, output, variables):
             self.distributed_type = DistributedType.MULTI_GPU
 
     accelerate.state.PartialState.__init__ = start_as_on_accelerators
-    pretrain_in_child(flags, output, {**variables, **THREADS, **FSDP})
+    pretrain_in_child(flags, output, {**variables, **FSDP})
 
 
 def test_a_sharded_run_trains_saves_and_goes_on_as_one_process_does(grey_images, tmp_path):  # noqa: F811
