@@ -61,6 +61,7 @@ from green_swin_hf.trainer_runs import TRAINER_FORMAT, TrainerProgress, read_tra
 from green_swin_hf.training import (
     check_tracker,
     count_updates,
+    last_line,
     one_line_errors,
 )
 
@@ -165,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         record.stop(**recorded_facts(recipe, splits, model, results, images_per_update, updates_per_epoch, peak))
     except OSError as error:  # the disk is full or gone
         record.stop()
-        return fail(state, f"stopped: {error}; whole checkpoints are in {output / 'checkpoints'}")
+        return fail(state, f"stopped: {last_line(error)}; whole checkpoints are in {output / 'checkpoints'}")
     print_results(state, results, splits, output, written)
     uploaded = (
         not hub_id

@@ -123,6 +123,7 @@ class Run:
     updates_per_epoch: int | None
     total_updates: int
     num_images: int | None
+    data_fingerprint: str | None
     fixed_batches: list[dict[str, Any]]
     reference_loss: float | None
     has_held_out: bool
@@ -177,7 +178,11 @@ def main(argv: list[str] | None = None) -> int:
         online_probe = open_probe(recipe, unchanged)
         images_per_update = recipe.batch_size * accelerator.num_processes * recipe.gradient_accumulation_steps
         updates_per_epoch, total_updates = count_run(recipe, source, accelerator.num_processes)
-        now = {"num_processes": accelerator.num_processes, "num_images": source.num_images}
+        now = {
+            "num_processes": accelerator.num_processes,
+            "num_images": source.num_images,
+            "data_fingerprint": source.fingerprint(),
+        }
         facts = {name: (resumed[name], value) for name, value in now.items()} if resumed else {}
         changes = check_changes(before, recipe, facts, allowed=arguments.override)
 
@@ -201,8 +206,8 @@ def main(argv: list[str] | None = None) -> int:
     reference = mean_prediction_loss(fixed, config.mask_unit_size, config.norm_pix_loss) if fixed else None
     run = Run(
         recipe, output, accelerator, build_processor(recipe, config), model, optimizer, scheduler, state,
-        images_per_update, updates_per_epoch, total_updates, source.num_images, fixed, reference,
-        held_out is not None, online_probe,
+        images_per_update, updates_per_epoch, total_updates, source.num_images, now["data_fingerprint"], fixed,
+        reference, held_out is not None, online_probe,
     )  # fmt: skip
     set_seed(recipe.seed + 1 + accelerator.process_index)  # stochastic depth differs between processes
     if checkpoint:
@@ -243,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     except (DivergenceError, OSError) as error:  # OSError: the disk is full or gone
         progress.close()
         record.stop()
-        message = f"stopped: {error}; whole checkpoints are in {output / 'checkpoints'}"
+        message = f"stopped: {last_line(error)}; {after_failure(run)}"
         return fail(accelerator, message, by_all=isinstance(error, OSError))
     except RuntimeError as error:
         if not is_lost_peer(error, accelerator):
@@ -565,6 +570,7 @@ def save(run: Run) -> None:
             "total_updates": run.total_updates,
             "num_processes": accelerator.num_processes,
             "num_images": run.num_images,
+            "data_fingerprint": run.data_fingerprint,
             "threads": torch.get_num_threads(),
             "recipe": run.recipe.to_dict(),
         }

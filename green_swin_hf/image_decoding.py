@@ -23,6 +23,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .redaction import redacted
+
 ColorMode = Literal["L", "RGB"]
 
 # PIL's own limit is a variable of the process that other libraries set to None. Decoding takes up to 18 bytes a pixel.
@@ -46,6 +48,7 @@ class CorruptImageError(ValueError):
     """
 
     def __init__(self, name: str, reason: str):
+        name, reason = redacted(name), redacted(reason)  # an address may hold a password or a signature
         super().__init__(name, reason)  # both, so that it can be pickled
         self.name = name
         self.reason = reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ SPLIT_FOLDERS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "eval"), "test"),
 }
+_FINGERPRINT_IMAGES, _FINGERPRINT_BYTES = 16, 4096
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,34 @@ class ImageSource:
         chosen = np.asarray(rows, dtype=np.int64)
         kept = chosen if self.rows is None else self.rows[chosen]
         return replace(self, dataset=dataset, num_images=len(dataset), rows=kept)
+
+    def fingerprint(self) -> str | None:
+        """Twelve letters that tell other images from these, wherever the files lie; `None` for a stream.
+
+        They follow from the number of images and from the first bytes of a few of them.
+        """
+        if self.num_images is None:
+            return None
+        digest = hashlib.sha256(str(self.num_images).encode())
+        count = min(_FINGERPRINT_IMAGES, self.num_images)
+        for place in range(count):
+            record = self.dataset[place * self.num_images // count][self.image_column] or {}
+            digest.update(_first_bytes(record))
+        return digest.hexdigest()[:12]
+
+
+def _first_bytes(record: Mapping[str, Any]) -> bytes:
+    """Of an image; none of a file that cannot be read, which is no reason to end here."""
+    if record.get("bytes"):
+        return record["bytes"][:_FINGERPRINT_BYTES]
+    path = record.get("path") or ""
+    if not os.path.isfile(path):
+        return b""
+    try:
+        with open(path, "rb") as file:
+            return file.read(_FINGERPRINT_BYTES)
+    except OSError:
+        return b""
 
 
 def load_images(

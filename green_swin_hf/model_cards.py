@@ -16,6 +16,7 @@ from .run_record import LICENCE_ENTRIES, total_energy, total_seconds
 # kind of a result: template, task on the Hub
 TASKS = {
     "pretrained": "image-feature-extraction",
+    "backbone": "image-feature-extraction",
     "classification": "image-classification",
     "detection": "object-detection",
     "segmentation": "image-segmentation",

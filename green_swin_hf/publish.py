@@ -47,7 +47,7 @@ _OWN_FILES = re.compile(
 )
 _KINDS = {  # by the class that was saved
     "GreenSwinModel": "pretrained",
-    "GreenSwinBackbone": "pretrained",
+    "GreenSwinBackbone": "backbone",
     "GreenSwinForMaskedImageModeling": "pretrained",
     "GreenSwinForImageClassification": "classification",
 }
@@ -171,7 +171,7 @@ def _collect_files(
         name: _without_name(content) if name in (_CONFIG, _PROCESSOR) else without_local_paths(content)
         for name, content in contents.items()
     }
-    if result.kind in ("pretrained", "classification"):
+    if result.kind in ("pretrained", "backbone", "classification"):
         contents[_CONFIG] = {**contents[_CONFIG], "auto_map": AUTO_MAP}
         files |= _code_files(contents.get(_PROCESSOR, {}))
     files |= {name: _json_bytes(content) for name, content in contents.items()}

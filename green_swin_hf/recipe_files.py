@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -163,8 +164,13 @@ def save_recipe(recipe: RecipeFile, path: str | os.PathLike[str]) -> None:
             entries[key] = os.path.relpath(entries[key], Path(path).resolve().parent)
     text = yaml.safe_dump(entries, sort_keys=False, default_flow_style=None, allow_unicode=True)
     partial = Path(f"{os.fspath(path)}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)  # or a full disk would leave a folder that is taken for one in use
+        raise
 
 
 def add_recipe_flags(parser: argparse._ActionsContainer, kind: type[RecipeFile]) -> None:

@@ -104,7 +104,8 @@ def _find_checkpoint(
     checkpoint, damaged = newest_checkpoint(path / "checkpoints", checkpoints)
     for passed_over, damage in damaged.items():
         process_state().print(f"Passed over and kept: {passed_over} is damaged ({damage})")
-    is_new = not path.exists() or not any(path.iterdir()) or (path / RECIPE_FILE).is_file()
+    entries = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    is_new = entries <= {f"{RECIPE_FILE}.partial"} or RECIPE_FILE in entries  # killed while it wrote that, or later
     if checkpoint is None and not (is_auto and is_new):
         raise ValueError(f"--resume: {path} holds no whole checkpoint; give another, or none")
     if checkpoint is None:

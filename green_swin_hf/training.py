@@ -312,9 +312,9 @@ def one_line_errors(program: str) -> Iterator[None]:
 
 
 def last_line(error: Exception) -> str:
-    """What an error says; of one that comes out of a loader's worker, without the worker's traceback."""
+    """What an error says, without credentials; of a loader's worker, without the worker's traceback."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return re.sub(rf"^[\w.]*\b{type(error).__name__}: ", "", lines[-1])
+    return redacted(re.sub(rf"^[\w.]*\b{type(error).__name__}: ", "", lines[-1]))
 
 
 def check_tracker(name: str) -> None:

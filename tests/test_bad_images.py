@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import resource
 import signal
 import sys
@@ -261,3 +262,13 @@ def test_dark_pictures_of_16_bits_have_the_scale_of_bright_ones(brightest):
     pixels = np.array([0, brightest], dtype=">u2").tobytes()
     decoded = decode_image({"bytes": header + pixels, "path": None}, "L")
     assert decoded.flatten().tolist() == [0, round(brightest / 257)]
+
+
+def test_the_address_of_a_bad_image_is_named_without_what_opens_it():
+    with pytest.raises(CorruptImageError) as caught:
+        decode_image({"path": "http://me:hf_secretsecret@127.0.0.1:9/x.png?Signature=abc", "bytes": None}, "RGB")
+    again = pickle.loads(pickle.dumps(caught.value))  # as from a loader's worker
+    for text in (str(caught.value), repr(caught.value), str(again)):
+        assert "127.0.0.1:9/x.png" in text
+        assert "secret" not in text
+        assert "abc" not in text

@@ -546,6 +546,36 @@ def test_moved_data_can_be_named_when_going_on(grey_images, tmp_path):
     assert run_pretrain("--output-dir", tmp_path / "run", "--resume", "auto", "--data", moved) == 0
 
 
+def test_a_start_that_found_no_room_can_be_repeated(grey_images, tmp_path, monkeypatch, capsys):
+    run = ["--data", grey_images, *TINY, "--output-dir", tmp_path / "run", "--max-steps", 1, "--resume", "auto"]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("green_swin_hf.recipe_files.os.replace", full)
+        with pytest.raises(SystemExit, match="2"):
+            run_pretrain(*run)
+    assert "No space left on device" in capsys.readouterr().err
+    assert not any((tmp_path / "run").iterdir())
+    (tmp_path / "run" / "recipe.yaml.partial").write_text("data")  # a start that was killed there
+    assert run_pretrain(*run) == 0
+
+
+def test_other_data_of_the_same_size_are_refused_when_going_on(grey_images, tmp_path, capsys):
+    run = ["--data", grey_images, *TINY, "--output-dir", tmp_path / "run", "--save-every", 1]
+    assert run_pretrain(*run, "--max-steps", 3, "--stop-after", 1) == 0
+    rows = datasets.Dataset.from_parquet(str(grey_images), cache_dir=str(tmp_path))
+    rows.select(range(63, -1, -1)).to_parquet(str(tmp_path / "reversed.parquet"))
+    again = ["--output-dir", tmp_path / "run", "--resume", "auto", "--data", tmp_path / "reversed.parquet"]
+    with pytest.raises(SystemExit, match="2"):
+        run_pretrain(*again)
+    assert re.search(
+        r"cannot change the run: data_fingerprint '\w{12}' -> '\w{12}'; .* --override", capsys.readouterr().err
+    )
+    assert run_pretrain(*again, "--override") == 0
+
+
 def test_a_full_disk_ends_the_run_in_one_line_with_the_earlier_checkpoint_whole(
     grey_images, tmp_path, monkeypatch, capsys
 ):
@@ -561,5 +591,5 @@ def test_a_full_disk_ends_the_run_in_one_line_with_the_earlier_checkpoint_whole(
     assert run_pretrain(*run) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "step-00000002 cannot be written" in said
-    assert "whole checkpoints are in" in said
+    assert "the checkpoint after update 1 is whole, go on with:" in said
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]

@@ -22,7 +22,13 @@ from tiny_results import PICTURES, run_record, save_picture, save_result
 from tiny_swins import run as run_conversion
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 
-from green_swin_hf import GreenSwinForImageClassification, GreenSwinForMaskedImageModeling, GreenSwinModel, publish
+from green_swin_hf import (
+    GreenSwinBackbone,
+    GreenSwinForImageClassification,
+    GreenSwinForMaskedImageModeling,
+    GreenSwinModel,
+    publish,
+)
 from green_swin_hf.hub_upload import open_hub, prepare_upload
 from green_swin_hf.redaction import redacted
 from green_swin_hf.run_record import write_record
@@ -108,6 +114,10 @@ def test_every_snippet_of_a_card_runs_as_written(hub, results, tmp_path, monkeyp
         assert names["classes"].shape == (64, 72)
     elif result == "pretrained":
         assert names["output"].reconstruction.shape == (1, 3, 32, 32)
+    elif result == "backbone":
+        expected = GreenSwinBackbone.from_pretrained(results[result])(names["pixel_values"]).feature_maps
+        for one, other in zip(names["maps"], expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
     elif "features" in names:
         assert names["features"].shape[-1] == 32 if "without" in result else len(names["features"][0]) == 16
     elif "answers" not in names:

@@ -3,6 +3,7 @@
 `pytest tests/test_survival.py --kills 10` kills more often, and one and two processes with and without accumulation.
 """
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -38,15 +39,27 @@ def pretrain_in_child(flags, output, variables=None):
 
 
 def run_killed(start, run, moment, rng):
-    """Start or go on with a run and kill one of its processes at a random time after `moment` changed; exit codes."""
+    """Start or go on with a run and kill one of its processes when `moment` shows something new; exit codes.
+
+    While a checkpoint is being written it is the process that writes, stopped first, so that it is still writing when
+    it is killed. After a new checkpoint it is any of them, a random time later.
+    """
+    known = set(moment(run))  # of a file that was being written: left by the kill before, the run removes it
     children = start()
-    victim = rng.choice(children)
-    before = moment(run)
-    while victim.is_alive() and moment(run) == before:
-        time.sleep(0.002)
-    time.sleep(rng.uniform(0, 0.08))
-    if victim.is_alive():
-        os.kill(victim.pid, signal.SIGKILL)
+    victim = children[0] if moment is file_being_written else rng.choice(children)
+    while victim.is_alive():
+        found = set(moment(run))
+        new, known = found - known, known & found
+        if not new:
+            time.sleep(0.002)
+            continue
+        time.sleep(0 if moment is file_being_written else rng.uniform(0, 0.08))
+        with contextlib.suppress(ProcessLookupError):  # it came to its end meanwhile
+            os.kill(victim.pid, signal.SIGSTOP)
+            time.sleep(0.005)
+            is_in_time = moment is newest_update or new <= set(moment(run))
+            os.kill(victim.pid, signal.SIGKILL if is_in_time else signal.SIGCONT)
+        known |= new
     return [wait_for(child) for child in (victim, *(child for child in children if child is not victim))]
 
 
@@ -112,6 +125,8 @@ def test_a_run_killed_at_random_moments_ends_with_identical_bytes(
         moment = (newest_update, file_being_written)[number % 2]
         victim, *others = run_killed(start, run, moment, rng)
         killed += victim == -signal.SIGKILL
+        if victim and moment is file_being_written:
+            assert file_being_written(run), "it was killed, but not while it was writing"
         assert set(others) <= ({1} if victim else {0})
         assert [damage for path in list_checkpoints(run / "checkpoints") if (damage := find_damage(path))] == []
     assert killed >= kills - 1  # the last may come after the end

@@ -24,6 +24,7 @@ PICTURES = {
     "classification": ("predictions.png", "training_curve.png"),
     "detection": ("detections.png", "training_curves.png"),
     "segmentation": ("predictions.png", "curve.png"),
+    "backbone": (),
 }
 SECRET_FOLDER = "/home/somebody/private"
 
@@ -90,6 +91,9 @@ def _save_model(kind: str, folder: Path, is_grey: bool) -> None:
         heads = {"hidden_size": 8, "pool_scales": (1, 2), "auxiliary_channels": 8}
         build_upernet(GreenSwinBackbone(backbone_config()), CLASSES, **heads).save_pretrained(folder)
         SegformerImageProcessor(do_resize=False).save_pretrained(folder)
+        return
+    if kind == "backbone":
+        GreenSwinBackbone(backbone_config()).save_pretrained(folder)
         return
     names = {
         "num_labels": len(CLASSES),
