@@ -69,6 +69,14 @@ def test_a_folder_of_ours_loads_into_stock_classes_as_it_is(kind, stock_class, t
         assert_equal_outputs(ours.swin(images(2)).last_hidden_state, states(images(2)).last_hidden_state)
 
 
+@pytest.mark.parametrize(
+    ("kind", "stock_class"), [("classifier", SwinForImageClassification), ("backbone", SwinBackbone)]
+)
+def test_heads_of_ours_load_into_stock_classes_as_they_are(kind, stock_class, tmp_path):
+    ours = saved(kind, tmp_path)
+    assert_equal_outputs(main_output(ours, images(2)), main_output(stock_class.from_pretrained(tmp_path), images(2)))
+
+
 # Exported folders of stock Swin
 
 LOADING = """

@@ -140,22 +140,23 @@ def test_pipelines_work_on_pushed_folders_and_ask_nothing(hub, results, tmp_path
 
 def test_remote_code_runs_straight_from_the_hub_where_the_package_is_not_installed(hub, results, tmp_path, monkeypatch):
     """All snippets that need no package, pipelines included, with a model of grey images and a pinned revision."""
-    assert push(results["pretrained"], "pretrained") == push(results["grey"], "grey") == 0
+    kinds = ("pretrained", "backbone", "grey")
+    assert [push(results[kind], kind) for kind in kinds] == [0, 0, 0]
     save_picture(tmp_path / "picture.jpg")
-    cards = [hub.files(f"someone/{name}")["README.md"].decode() for name in ("pretrained", "grey")]
+    cards = [hub.files(f"someone/{kind}")["README.md"].decode() for kind in kinds]
     blocks = [block for card in cards for block in re.findall(r"^```python\n(.*?)^```", card, flags=re.DOTALL | re.M)]
     code = "\n".join(block for block in blocks if "green_swin_hf" not in block)
-    assert code.count("from_pretrained") == 4
+    assert code.count("from_pretrained") == 5
     for name, value in hub.environment(tmp_path).items():
         monkeypatch.setenv(name, value)
     sha = hub.repositories["someone/grey"].commits[-1][0]
     code += f"""
 pinned = {{"revision": {sha!r}, "code_revision": {sha!r}, "trust_remote_code": True}}
 model = AutoModelForImageClassification.from_pretrained("someone/grey", **pinned)
-print(type(model).__module__.startswith("transformers_modules"), sorted(answer["label"] for answer in answers))
+print(*(type(each).__module__.startswith("transformers_modules") for each in (model, backbone)), sorted(answer["label"] for answer in answers))
 """
     said = run_without(code, {"green_swin_hf"}, tmp_path, offline=False)
-    assert said.splitlines()[-1] == "True ['circle', 'square', 'triangle']"
+    assert said.splitlines()[-1] == "True True ['circle', 'square', 'triangle']"
 
 
 def test_a_pinned_revision_stays_what_it_was(hub, results, tmp_path):
