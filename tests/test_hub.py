@@ -153,7 +153,8 @@ def test_remote_code_runs_straight_from_the_hub_where_the_package_is_not_install
     code += f"""
 pinned = {{"revision": {sha!r}, "code_revision": {sha!r}, "trust_remote_code": True}}
 model = AutoModelForImageClassification.from_pretrained("someone/grey", **pinned)
-print(*(type(each).__module__.startswith("transformers_modules") for each in (model, backbone)), sorted(answer["label"] for answer in answers))
+remote = [type(each).__module__.startswith("transformers_modules") for each in (model, backbone)]
+print(*remote, sorted(answer["label"] for answer in answers))
 """
     said = run_without(code, {"green_swin_hf"}, tmp_path, offline=False)
     assert said.splitlines()[-1] == "True True ['circle', 'square', 'triangle']"
