@@ -213,7 +213,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
     parser = run_parser(__doc__, DetectionRecipe, DEFAULT_RECIPE, DEFAULT_OUTPUT, stop_unit="epochs")
-    parser.add_argument("--init-from", metavar="FOLDER", help="backbone: a pretrained folder, or a stock Swin")
+    parser.add_argument(
+        "--init-from", metavar="MODEL", help="backbone: a pretrained folder or a stock Swin, or its name on the Hub"
+    )
     add_hub_flags(parser)
     add_energy_flag(parser)
     arguments = parser.parse_args(argv)

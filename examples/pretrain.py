@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
             "num_images": source.num_images,
             "data_fingerprint": source.fingerprint(),
         }
-        facts = {name: (resumed[name], value) for name, value in now.items()} if resumed else {}
+        facts = {name: (resumed.get(name, value), value) for name, value in now.items()} if resumed else {}
         changes = check_changes(before, recipe, facts, allowed=arguments.override)
 
         # Model, optimizer, schedule
@@ -248,7 +248,9 @@ def main(argv: list[str] | None = None) -> int:
     except (DivergenceError, OSError) as error:  # OSError: the disk is full or gone
         progress.close()
         record.stop()
-        message = f"stopped: {last_line(error)}; {after_failure(run)}"
+        whole = f"whole checkpoints are in {output / 'checkpoints'}"  # going on exactly would diverge again
+        left = after_failure(run) if isinstance(error, OSError) else whole
+        message = f"stopped: {last_line(error)}; {left}"
         return fail(accelerator, message, by_all=isinstance(error, OSError))
     except RuntimeError as error:
         if not is_lost_peer(error, accelerator):
@@ -833,7 +835,7 @@ def after_failure(run: Run) -> str:
     if run.saved_update is None:
         return "it has no checkpoint yet (--save-every)"
     command = how_to_go_on(run.output, run.accelerator.num_processes)
-    return f"the checkpoint after update {run.saved_update:,} is whole, go on with: {command}"
+    return f"the checkpoint after update {run.saved_update:,} was written whole, go on with: {command}"
 
 
 def fail(accelerator: Accelerator, message: str, by_all: bool = False) -> int:

@@ -7,6 +7,7 @@ nothing decoded of an image with too many pixels, so that no file can take the m
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import re
@@ -48,7 +49,9 @@ class CorruptImageError(ValueError):
     """
 
     def __init__(self, name: str, reason: str):
-        name, reason = redacted(name), redacted(reason)  # an address may hold a password or a signature
+        if "://" in name and redacted(name) != name:  # a password or a signature; the digits tell images apart
+            name = f"{redacted(name)} ({hashlib.sha256(name.encode()).hexdigest()[:8]})"
+        reason = redacted(reason)
         super().__init__(name, reason)  # both, so that it can be pickled
         self.name = name
         self.reason = reason

@@ -173,20 +173,24 @@ class LoaderWatch:
         It can come at any moment, not only while a batch is waited for, and wrapped in other errors.
         """
         with contextlib.ExitStack() as deafness:
+
+            def end_watching() -> None:
+                self._is_over.set()
+                deafness.enter_context(_deaf_to_children())
+
             try:
                 try:
                     yield
                 finally:
-                    # Up to here torch's handler may interrupt, also the handling of what came before it. It does so
-                    # once for each loader.
-                    self._is_over.set()
-                    deafness.enter_context(_deaf_to_children())
+                    end_watching()
             except Exception as error:
+                end_watching()  # again: torch's handler, which raises once for a loader, may have interrupted it
                 reason = self._explain(error)
                 if reason is None:
                     raise
                 raise LoaderError(reason) from error
             finally:
+                end_watching()
                 self._end_workers()
 
     def _explain(self, error: Exception) -> str | None:

@@ -374,7 +374,7 @@ def told_epsilon(config: GreenSwinConfig) -> str:
     if config.layer_norm_eps == STOCK_EPSILON:
         return ""
     own = config.layer_norm_eps
-    return f" (norms there have epsilon {STOCK_EPSILON:g} whatever the configuration says; here: {own:g})"
+    return f" (some norms there have epsilon {STOCK_EPSILON:g} whatever the configuration says; here: {own:g})"
 
 
 def accepted(comparison: Comparison, reason: str = "") -> Comparison:

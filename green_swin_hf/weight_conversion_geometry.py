@@ -353,7 +353,8 @@ def with_embedding_epsilon(
     if computed == trained:
         return dict(tensors), []
     names, factor = (_PROJECTION, _PROJECTION.replace("weight", "bias")), math.sqrt(computed / trained)
-    scaled = {name: tensor * factor if name in names else tensor for name, tensor in tensors.items()}
+    # In float32: half precision would round every product.
+    scaled = {name: tensor.float() * factor if name in names else tensor for name, tensor in tensors.items()}
     return scaled, [
         f"patch embedding: times {factor:.3g}, for a norm behind it with epsilon {computed:g}, not {trained:g}"
     ]

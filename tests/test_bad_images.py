@@ -199,7 +199,7 @@ def test_too_many_bad_images_stop_the_run_with_a_checkpoint(mixed_folder, whole,
     shown = capsys.readouterr().err
     assert "5 bad images in epoch 1, and max_bad_share 0.05 allows 4 of its 80" in shown
     update = read_trainer_state(list_checkpoints(output / "checkpoints")[-1])["state"]["update"]
-    assert f"the checkpoint after update {update} is whole, go on with: python" in shown
+    assert f"the checkpoint after update {update} was written whole, go on with: python" in shown
     assert f"{output / 'bad_images.jsonl'}" in shown
     assert run_pretrain("--output-dir", output, "--resume", "auto") == 1  # it is still so
     assert run_pretrain("--output-dir", output, "--resume", "auto", "--max-bad-share", 0.2) == 0
@@ -265,10 +265,16 @@ def test_dark_pictures_of_16_bits_have_the_scale_of_bright_ones(brightest):
 
 
 def test_the_address_of_a_bad_image_is_named_without_what_opens_it():
-    with pytest.raises(CorruptImageError) as caught:
-        decode_image({"path": "http://me:hf_secretsecret@127.0.0.1:9/x.png?Signature=abc", "bytes": None}, "RGB")
+    found = []
+    for signature in ("abc", "xyz"):
+        with pytest.raises(CorruptImageError) as caught:
+            address = f"http://me:hf_secretsecret@127.0.0.1:9/x.png?Signature={signature}"
+            decode_image({"path": address, "bytes": None}, "RGB")
+        found.append(caught.value.name)
+    assert len(set(found)) == 2  # two images
     again = pickle.loads(pickle.dumps(caught.value))  # as from a loader's worker
     for text in (str(caught.value), repr(caught.value), str(again)):
         assert "127.0.0.1:9/x.png" in text
         assert "secret" not in text
-        assert "abc" not in text
+        assert "xyz" not in text
+    assert CorruptImageError("/data/what?a=1/img 7.png", "it is broken").name == "/data/what?a=1/img 7.png"

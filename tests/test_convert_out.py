@@ -163,16 +163,20 @@ def test_what_has_no_counterpart_is_named(tmp_path, capsys):
         assert "Changed: patch embedding: times 0.316, for a norm behind it with epsilon 1e-05, not 0.0001" in printed
 
 
-def test_the_recipes_epsilon_makes_no_difference_to_stock_swin(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_stock_swin_computes_the_same_without_the_recipes_epsilon(dtype, tmp_path):
     """Of new weights, whose small patch embeddings make the most of it; the norm there has 1e-5 whatever is asked."""
-    model = GreenSwinModel(tiny_config(layer_norm_eps=1e-6)).eval()
+    model = GreenSwinModel(tiny_config(layer_norm_eps=1e-6, embed_dim=32)).to(dtype)
     model.save_pretrained(tmp_path / "ours")
+    model = model.float().eval()
     assert run(tmp_path / "ours", tmp_path / "stock", "--to", "swin") == 0
     assert run(tmp_path / "stock", tmp_path / "back") == 0
     wanted = main_output(model, images(2))
-    unchanged = SwinModel.from_pretrained(tmp_path / "ours").eval()
+    unchanged = SwinModel.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
     assert (main_output(unchanged, images(2)) - wanted).abs().max() > 1e-3  # what the export must mend
-    for loaded in (SwinModel.from_pretrained(tmp_path / "stock"), GreenSwinModel.from_pretrained(tmp_path / "back")):
+    options = {"dtype": torch.float32}
+    stock = SwinModel.from_pretrained(tmp_path / "stock", **options)
+    for loaded in (stock, GreenSwinModel.from_pretrained(tmp_path / "back", **options)):
         torch.testing.assert_close(main_output(loaded.eval(), images(2)), wanted, rtol=0, atol=3e-4)
 
 

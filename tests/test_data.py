@@ -289,6 +289,25 @@ class TestSourceErrors:
         with pytest.raises(ValueError, match="'no such name!' is neither a folder here nor known to the Hub"):
             load_images("no such name!")
 
+    def test_a_fingerprint_tells_other_images_wherever_they_lie_and_reads_nothing_else(self, tmp_path):
+        buffers = [io.BytesIO() for _ in range(40)]
+        for value, buffer in enumerate(buffers):
+            Image.new("L", (4, 4), value).save(buffer, "PNG")
+        rows = [{"bytes": buffer.getvalue(), "path": None} for buffer in buffers]
+        broken = [{"bytes": b"no image", "path": None}] * len(rows)
+        features = datasets.Features({"image": datasets.Image(), "second": datasets.Image()})
+        prints = []
+        for number, order in enumerate((rows, rows, rows[::-1], rows[:-1])):
+            table = datasets.Dataset.from_dict({"image": order, "second": broken[: len(order)]}, features=features)
+            (tmp_path / str(number)).mkdir()
+            table.to_parquet(str(tmp_path / str(number) / "images.parquet"))
+            source = load_images(str(tmp_path / str(number) / "images.parquet"), image_column="image")
+            prints.append(source.fingerprint())
+        assert prints[0] == prints[1]
+        assert len(set(prints)) == 3
+        streamed = load_images(str(tmp_path / "0" / "images.parquet"), image_column="image", streaming=True)
+        assert streamed.fingerprint() is None
+
     def test_empty_data_set(self, tmp_path):
         image = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
         pyarrow.parquet.write_table(pyarrow.table({"image": pyarrow.array([], image)}), tmp_path / "empty.parquet")

@@ -591,5 +591,5 @@ def test_a_full_disk_ends_the_run_in_one_line_with_the_earlier_checkpoint_whole(
     assert run_pretrain(*run) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "step-00000002 cannot be written" in said
-    assert "the checkpoint after update 1 is whole, go on with:" in said
+    assert "the checkpoint after update 1 was written whole, go on with:" in said
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]

@@ -98,7 +98,9 @@ def newest_update(run):
 
 
 def file_being_written(run):
-    return sorted(path.name for path in (run / "checkpoints").glob(".*"))
+    """Not what is being removed, which is older than the newest checkpoint."""
+    newest = (newest_update(run) or [""])[0]
+    return sorted(path.name for path in (run / "checkpoints").glob(".*") if path.name.removeprefix(".") > newest)
 
 
 @pytest.mark.parametrize(("accumulation", "processes"), [(1, 1), (2, 1), (1, 2), (2, 2)])
@@ -120,16 +122,18 @@ def test_a_run_killed_at_random_moments_ends_with_identical_bytes(
     words = [[str(word) for word in ("--output-dir", folder, "--resume", "auto", *flags)] for folder in (whole, run)]
     start_whole, start = (starter(line, shown, processes) for line in words)
     assert [wait_for(child) for child in start_whole()] == [0] * processes
-    killed = 0
+    killed = killed_in_writing = 0
     for number in range(kills):
         moment = (newest_update, file_being_written)[number % 2]
         victim, *others = run_killed(start, run, moment, rng)
         killed += victim == -signal.SIGKILL
         if victim and moment is file_being_written:
             assert file_being_written(run), "it was killed, but not while it was writing"
+            killed_in_writing += 1
         assert set(others) <= ({1} if victim else {0})
         assert [damage for path in list_checkpoints(run / "checkpoints") if (damage := find_damage(path))] == []
     assert killed >= kills - 1  # the last may come after the end
+    assert killed_in_writing >= max(1, kills // 2 - 1)
     if processes > 1:
         assert "another process of the run is gone or does not answer" in shown.read_text()
         assert 'pretrain.py", line' not in shown.read_text()  # no traceback; threads of the loader may leave one
