@@ -267,8 +267,8 @@ def test_dark_pictures_of_16_bits_have_the_scale_of_bright_ones(brightest):
 def test_the_address_of_a_bad_image_is_named_without_what_opens_it():
     found = []
     for signature in ("abc", "xyz"):
+        address = f"http://me:hf_secretsecret@127.0.0.1:9/x.png?Signature={signature}"
         with pytest.raises(CorruptImageError) as caught:
-            address = f"http://me:hf_secretsecret@127.0.0.1:9/x.png?Signature={signature}"
             decode_image({"path": address, "bytes": None}, "RGB")
         found.append(caught.value.name)
     assert len(set(found)) == 2  # two images
