@@ -1,6 +1,6 @@
 """All studies, one after another, and their tables and plots on one page.
 
-    python examples/studies/run_all.py --quick     # do they run? a quarter of an hour on two cores
+    python examples/studies/run_all.py --quick     # do they run? four minutes on one core
     python examples/studies/run_all.py             # hours; goes on where it was stopped
 
 Each study is a script of its own beside this one, with flags of its own, and writes to its folder in the output folder.
