@@ -198,9 +198,9 @@ class LoaderWatch:
         is_ours = self._hung and self._workers[self._hung[_PROCESS]].exitcode in (None, -signal.SIGKILL)
         if self._hung and is_ours:  # and it was not crashing meanwhile
             return f"a loader worker hung and was ended: {self._describe(self._hung)} (worker_timeout {self.timeout:g})"
-        dead = self._dead_workers()
-        if not dead and isinstance(error, OSError | EOFError):  # its connections close a moment before it is gone
-            time.sleep(_CLOSING_SECONDS)
+        dead, tells_of_one = self._dead_workers(), str(error).startswith("DataLoader worker")
+        if not dead and (tells_of_one or isinstance(error, OSError | EOFError)):
+            time.sleep(_CLOSING_SECONDS)  # its connections close a moment before it is gone
             dead = self._dead_workers()
         if dead:
             ends = ", ".join(sorted({_how(self._workers[pid].exitcode) for pid in dead}))
@@ -209,7 +209,7 @@ class LoaderWatch:
         if str(error).startswith("DataLoader timed out"):
             seconds = _BATCH_FACTOR * self.timeout
             return f"no batch came for {seconds:g} seconds ({_BATCH_FACTOR} x worker_timeout); no image took long"
-        return " ".join(str(error).split()) if str(error).startswith("DataLoader worker") else None  # of another loader
+        return " ".join(str(error).split()) if tells_of_one else None  # of another loader
 
     def _dead_workers(self) -> list[int]:
         """Those that did not end by themselves, as that of an empty share of a stream does."""
