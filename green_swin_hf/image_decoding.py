@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from .redaction import redacted
 
 ColorMode = Literal["L", "RGB"]
 
-# PIL's own limit is a variable of the process that other libraries set to None. Decoding takes up to 18 bytes a pixel.
+# PIL's own limit is a variable of the process that other libraries set to None. Decoding takes up to 28 bytes a pixel (a transparent WebP).
 MAX_PIXELS = 89_478_485
 MAX_FILE_BYTES = 1 << 30  # an image of so many pixels without compression, and half as much again
 
@@ -90,19 +90,61 @@ def decode_image(
     record = record or {}
     content, path = record.get("bytes"), record.get("path")
     name = f"{place} ({path})" if place and path and content is not None else path or place or "an image without a path"
-    if content is None and not path:
-        raise CorruptImageError(name, "holds no image")
     try:
-        content = _read_bytes(str(path)) if content is None else content
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL warns of oddities that do not hurt
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            pixels = _decode(content, mode, size)
+        with open_image(record) as file:
+            pixels = _decode(file, mode, size)
     except Exception as error:  # PIL raises nearly every built-in exception on damaged files
-        reason = "is empty" if content == b"" else str(error) or type(error).__name__
-        reason = " ".join(re.sub(r" <_io\.BytesIO object at \w+>", "", reason).split())
-        raise CorruptImageError(name, reason) from error
+        raise CorruptImageError(name, reason_of(error)) from error
     return torch.from_numpy(pixels).view(pixels.shape[0], pixels.shape[1], -1).permute(2, 0, 1).contiguous()
+
+
+@contextlib.contextmanager
+def open_image(record: Mapping[str, Any]) -> Iterator[Image.Image]:
+    """The image file of a record, opened and not decoded yet; within it PIL does not warn.
+
+    Raises whatever the system or PIL does where it cannot be read, and a `ValueError` for what is empty, no regular
+    file, or has more than `MAX_FILE_BYTES` or `MAX_PIXELS`.
+    """
+    content, path = record.get("bytes"), record.get("path")
+    if content is None and not path:
+        raise ValueError("holds no image")
+    content = _read_bytes(str(path)) if content is None else content
+    if not content:
+        raise ValueError("is empty")
+    _check_pixels(*_webp_canvas(content))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL warns of oddities that do not hurt
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(content), formats=_known_formats()) as file:
+            _check_pixels(file.width, file.height)
+            yield file
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of decoding says, on one line."""
+    return " ".join(re.sub(r" <_io\.BytesIO object at \w+>", "", str(error) or type(error).__name__).split())
+
+
+def _webp_canvas(content: bytes) -> tuple[int, int]:
+    """(width, height) that the head of a WebP file says, (0, 0) of anything else.
+
+    PIL takes the memory of the whole canvas twice when it opens one, before the size can be asked for. The layouts of
+    the three kinds of head are those of RFC 9649.
+    """
+    kind, data = content[12:16], content[20:30]
+    if content[:4] != b"RIFF" or content[8:12] != b"WEBP" or len(data) < 10:
+        return 0, 0
+    if kind == b"VP8X":  # after four bytes of flags, 24 bits each, less one
+        return int.from_bytes(data[4:7], "little") + 1, int.from_bytes(data[7:10], "little") + 1
+    if kind == b"VP8L":  # after a byte of signature, 14 bits each, less one
+        both = int.from_bytes(data[1:5], "little")
+        return (both & 0x3FFF) + 1, (both >> 14 & 0x3FFF) + 1
+    both = int.from_bytes(data[6:10], "little")  # after a tag and a start code, 14 of 16 bits each
+    return (both & 0x3FFF, both >> 16 & 0x3FFF) if kind == b"VP8 " else (0, 0)
+
+
+def _check_pixels(width: int, height: int) -> None:
+    _check_size(width * height, MAX_PIXELS, "pixels")
 
 
 def _read_bytes(path: str) -> bytes:
@@ -124,22 +166,18 @@ def _check_size(size: int, limit: int, unit: str) -> None:
         raise ValueError(f"has {size:,} {unit}, more than the {limit:,} that are decoded{bomb}")
 
 
-def _decode(content: bytes, mode: ColorMode, size: tuple[int, int] | None) -> np.ndarray:
+def _decode(file: Image.Image, mode: ColorMode, size: tuple[int, int] | None) -> np.ndarray:
     """[H, W] or [H, W, 3] uint8."""
-    with Image.open(io.BytesIO(content), formats=_known_formats()) as file:
-        _check_size(file.width * file.height, MAX_PIXELS, "pixels")
-        file.load()
-        stored = (file.height, file.width)
-        if size is None or size != stored or upright_size(file) == size:
-            turn_upright(file)
-        image: Image.Image = file
-        if image.mode[0] in "IF":
-            image = _as_eight_bits(image)
-        if image.has_transparency_data:
-            background = Image.new("RGBA", image.size, "white")
-            background.alpha_composite(image.convert("RGBA"))
-            image = background
-        return np.array(image if image.mode == mode else image.convert(mode))
+    file.load()
+    stored = (file.height, file.width)
+    if size is None or size != stored or upright_size(file) == size:
+        turn_upright(file)
+    image = _as_eight_bits(file) if file.mode[0] in "IF" else file
+    if image.has_transparency_data:
+        background = Image.new("RGBA", image.size, "white")
+        background.alpha_composite(image.convert("RGBA"))
+        image = background
+    return np.array(image if image.mode == mode else image.convert(mode))
 
 
 @lru_cache

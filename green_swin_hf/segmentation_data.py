@@ -6,10 +6,8 @@ neither in training nor in evaluation.
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ from transformers import SegformerImageProcessor
 
 from .data import mix_seed
 from .drawn_shapes import SHAPE_NAMES, draw_shapes_image
-from .image_decoding import CorruptImageError, decode_image, turn_upright, upright_size
+from .image_decoding import CorruptImageError, decode_image, open_image, reason_of, turn_upright, upright_size
 from .image_sources import ENCODED_DTYPES, IMAGE_EXTENSIONS, SPLIT_FOLDERS, load_images
 
 IGNORED_LABEL = 255
@@ -224,14 +222,11 @@ def decode_mask(record: Mapping[str, Any] | None, unnamed: str = "a mask without
     record = record or {}
     name = record.get("path") or unnamed
     try:
-        content = record.get("bytes")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(Path(name) if content is None else io.BytesIO(content)) as file:
-                turn_upright(file)
-                values = np.array(file)
+        with open_image(record) as file:
+            turn_upright(file)
+            values = np.array(file)
     except Exception as error:  # PIL raises nearly every built-in exception on damaged files
-        raise CorruptImageError(name, f"cannot be read as a mask ({str(error) or type(error).__name__})") from error
+        raise CorruptImageError(name, f"cannot be read as a mask ({reason_of(error)})") from error
     if values.ndim != 2 or values.dtype.kind not in "bui":
         raise CorruptImageError(name, "has colours; a mask has one channel with the class number of every pixel")
     return torch.from_numpy(values.astype(np.int64))
@@ -345,10 +340,10 @@ def _image_sizes(record: Mapping[str, Any], unnamed: str) -> tuple[tuple[int, in
     """(rows, columns) from the head of an image file, upright and as stored."""
     name = record.get("path") or unnamed
     try:
-        with Image.open(Path(name) if record.get("bytes") is None else io.BytesIO(record["bytes"])) as file:
+        with open_image(record) as file:
             return upright_size(file), (file.height, file.width)
     except Exception as error:  # PIL raises nearly every built-in exception on damaged files
-        raise CorruptImageError(name, str(error) or type(error).__name__) from error
+        raise CorruptImageError(name, reason_of(error)) from error
 
 
 class RandomRescale(v2.Transform):

@@ -128,6 +128,8 @@ def damaged_cases():
             yield BadImageCase(f"truncated-{share}", name, cut, reason=unreadable)
         side = 16_383 if name == "WEBP" else 30_000
         yield BadImageCase("bomb", name, bomb(name, side), reason="pixels.*bomb")
+    for kind, content in webp_bombs(16_383).items():
+        yield BadImageCase(f"{kind}-bomb", "WEBP", content, reason="268,?402,?689.*bomb")
     yield BadImageCase("real-bomb", "PNG", real_bomb(), reason="900,?000,?000.*bomb")
     yield BadImageCase("nan", "TIFF", encode(floats(0.5, np.nan), "TIFF"), reason="NaN or infinite")
     yield BadImageCase("infinite", "TIFF", encode(floats(0.5, np.inf), "TIFF"), reason="NaN or infinite")
@@ -159,6 +161,15 @@ def bomb(name, side):
         start = content.index(b"\x9d\x01\x2a") + 3
         content[start : start + 4] = struct.pack("<HH", side, side)
     return bytes(content)
+
+
+def webp_bombs(side):
+    """Small WebP files of the three kinds of head, which says `side` x `side` pixels."""
+    lossless = bytearray(encode(halves(RED, BLUE), "WEBP", lossless=True))
+    lossless[21:25] = struct.pack("<I", (side - 1) | (side - 1) << 14)
+    animated = bytearray(encode(halves(RED, BLUE), "WEBP", save_all=True, append_images=[halves(BLUE, RED)]))
+    animated[24:30] = (side - 1).to_bytes(3, "little") * 2
+    return {"lossy": bomb("WEBP", side), "lossless": bytes(lossless), "animated": bytes(animated)}
 
 
 def real_bomb(side=30_000):

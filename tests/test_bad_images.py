@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from bad_image_files import BLUE, RED, all_cases, encode, halves, turned
+from bad_image_files import BLUE, RED, all_cases, encode, halves, turned, webp_bombs
 from PIL import Image
 from test_examples import (
     PRETRAIN,
@@ -73,6 +73,35 @@ def test_the_limit_of_pixels_does_not_depend_on_that_of_pil(monkeypatch):
     bomb = next(case for case in CASES if case.kind == "real-bomb")
     with pytest.raises(CorruptImageError, match=f"900,000,000 pixels, more than the {MAX_PIXELS:,}"):
         decode_image({"bytes": bomb.content}, "L", "row 3")
+
+
+def test_a_webp_bomb_takes_no_memory_where_freed_memory_is_kept(tmp_path):
+    """Pillow takes the canvas when it opens a file, and then the C library fills it with zeros, page by page.
+
+    The bombs have fewer pixels than those that Pillow 13 refuses by itself.
+    """
+    for kind, content in webp_bombs(11_500).items():
+        (tmp_path / f"{kind}.webp").write_bytes(content)
+    script = f"""
+import resource
+from pathlib import Path
+from green_swin_hf.host_memory import keep_freed_memory
+from green_swin_hf.image_decoding import CorruptImageError, decode_image
+
+keep_freed_memory()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in Path({str(tmp_path)!r}).iterdir():
+    try:
+        decode_image({{"path": str(path)}}, "RGB")
+    except CorruptImageError as error:
+        print(error.reason)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    *reasons, grown = run_command(sys.executable, "-c", script).stdout.split("\n")[:-1]
+    assert (
+        reasons == [f"has 132,250,000 pixels, more than the {MAX_PIXELS:,} that are decoded (a decompression bomb)"] * 3
+    )
+    assert int(grown) < 100_000  # kB; the canvas would take a million
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "link-to-nowhere", "device", "huge"])

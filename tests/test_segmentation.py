@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from bad_image_files import all_cases
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -22,6 +23,7 @@ from transformers import SegformerImageProcessor, SwinConfig, SwinModel, Trainin
 
 from green_swin_hf import GreenSwinBackbone, GreenSwinForMaskedImageModeling
 from green_swin_hf.drawn_shapes import load_photographs
+from green_swin_hf.image_decoding import CorruptImageError
 from green_swin_hf.pretrained_start import load_backbone
 from green_swin_hf.recipe_files import load_recipe
 from green_swin_hf.segmentation import (
@@ -72,6 +74,13 @@ def save_mask(path, size=(12, 10), value=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     values = value if isinstance(value, np.ndarray) else np.full(size, value, dtype=np.uint8)
     Image.fromarray(values).save(path)
+
+
+def pair_of(image, mask):
+    """A data set of one image and its mask, as records."""
+    features = datasets.Features({"image": datasets.Image(decode=False), "mask": datasets.Image(decode=False)})
+    rows = datasets.Dataset.from_dict({"image": [image], "mask": [mask]}, features)
+    return ImagesWithMasks(rows, "image", "mask", "one")
 
 
 def save_pair(images_folder, masks_folder, name, **mask):
@@ -154,6 +163,28 @@ def test_masks_are_numbers_with_or_without_a_palette_and_never_colours(tmp_path)
             decode_mask({"bytes": None, "path": str(tmp_path / f"{name}.png")})
 
 
+def test_masks_and_images_are_opened_as_carefully_as_in_pretraining(tmp_path):
+    """No pipes, which would be waited for, no programs, no decompression bombs, and no addresses of this process."""
+    os.mkfifo(tmp_path / "pipe.png")
+    for case in all_cases():
+        if case.kind in ("empty", "zeros", "bomb", "real-bomb", "program"):
+            (tmp_path / f"{case}.png").write_bytes(case.content)
+    save_mask(tmp_path / "good.png")
+    reasons = {"pipe": "is no regular file", "empty": "is empty", "zeros": "cannot identify image file$"}
+    reasons |= {"bomb": "pixels.*bomb", "real-bomb": "pixels.*bomb", "program": "cannot identify image file$"}
+    good, paths = {"bytes": None, "path": str(tmp_path / "good.png")}, sorted(tmp_path.glob("*.png"))
+    assert len(paths) > 20
+    for path in paths:
+        if path.stem == "good":
+            continue
+        reason = next(text for kind, text in reasons.items() if path.stem.startswith(kind))
+        bad = {"bytes": None, "path": str(path)}
+        with pytest.raises(CorruptImageError, match=r"cannot be read as a mask \(.*" + reason.replace("$", r"\)$")):
+            decode_mask(bad)
+        with pytest.raises(CorruptImageError, match=reason):
+            SegmentationDataset(pair_of(bad, good), None, num_classes=256).check([0])
+
+
 @pytest.mark.parametrize("drawn_on", ["stored", "upright", "turned"])
 def test_masks_stay_on_their_image_when_exif_turns_it(tmp_path, drawn_on):
     """A mask of the pixels as stored, as a viewer shows them, or with an orientation of its own."""
@@ -166,10 +197,8 @@ def test_masks_stay_on_their_image_when_exif_turns_it(tmp_path, drawn_on):
     upright = mask.transpose(Image.Transpose.ROTATE_270)
     options = {"exif": exif} if drawn_on == "turned" else {}
     (upright if drawn_on == "upright" else mask).save(tmp_path / "mask.png", **options)
-    records = {name: [{"bytes": None, "path": str(tmp_path / f"{name}.png")}] for name in ("a", "mask")}
-    features = datasets.Features({name: datasets.Image(decode=False) for name in records})
-    pairs = ImagesWithMasks(datasets.Dataset.from_dict(records, features), "a", "mask", "one")
-    dataset = SegmentationDataset(pairs, None, num_classes=2)
+    image, mask = ({"bytes": None, "path": str(tmp_path / name)} for name in ("a.png", "mask.png"))
+    dataset = SegmentationDataset(pair_of(image, mask), None, num_classes=2)
     image, labels = dataset.read(0)
     assert torch.equal(image[0], labels * 255)
     assert image.shape[1:] == ((12, 10) if drawn_on == "stored" else (10, 12))
