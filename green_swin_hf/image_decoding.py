@@ -28,7 +28,8 @@ from .redaction import redacted
 
 ColorMode = Literal["L", "RGB"]
 
-# PIL's own limit is a variable of the process that other libraries set to None. Decoding takes up to 28 bytes a pixel (a transparent WebP).
+# PIL's own limit is a variable of the process that other libraries set to None. Decoding takes up to 28 bytes a pixel
+# (a transparent WebP).
 MAX_PIXELS = 89_478_485
 MAX_FILE_BYTES = 1 << 30  # an image of so many pixels without compression, and half as much again
 
