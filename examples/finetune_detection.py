@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
 
-from green_swin_hf.bad_images import BadImageList, TooManyBadImagesError, check_bad_share
+from green_swin_hf.bad_images import BadImageCount, TooManyBadImagesError
 from green_swin_hf.checkpointing import (
     listed_files,
     prepare_checkpoints,
@@ -75,9 +75,10 @@ from green_swin_hf.training import (
     UpdateBatches,
     check_tracker,
     count_updates,
-    is_finite,
     last_line,
     one_line_errors,
+    report_skip,
+    update_weights,
 )
 
 DEFAULT_RECIPE = Path(__file__).resolve().parent / "recipes" / "detection" / "drawn_shapes_tiny.yaml"
@@ -96,14 +97,19 @@ class Run:
     scheduler: Any
     state: RunState
     updates_per_epoch: int
-    num_images: int
+    facts: dict[str, Any]  # of data and processes, which stay what they are when the run is gone on with
     validation: CocoImages
     log: TrainingLog | None = None  # of the main process only
     found: list[Detections] = field(default_factory=list)  # on the validation images, when last measured
-    bad_images: BadImageList = field(init=False)
+    bad_images: BadImageCount = field(init=False)
 
     def __post_init__(self) -> None:
-        self.bad_images = BadImageList(self.output)
+        images, share = self.updates_per_epoch * self.images_per_update, self.recipe.max_bad_share
+        self.bad_images = BadImageCount(self.output, self.accelerator, self.state, images, share)
+
+    @property
+    def images_per_update(self) -> int:
+        return self.recipe.batch_size * self.recipe.gradient_accumulation_steps * self.accelerator.num_processes
 
     @property
     def total_updates(self) -> int:
@@ -135,8 +141,10 @@ def main(argv: list[str] | None = None) -> int:
             "class_names": list(class_names),
             "num_images": num_images,
             "num_processes": accelerator.num_processes,
+            "data_fingerprint": train.data.fingerprint() if train else None,
         }
-        check_changes(before, recipe, {name: (resumed[name], now) for name, now in facts.items()} if resumed else {})
+        changes = {name: (resumed.get(name, now), now) for name, now in facts.items()} if resumed else {}
+        check_changes(before, recipe, changes)
 
         # Model, optimizer, schedule
         set_seed(recipe.seed)
@@ -167,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
             train, validation = draw_data(recipe, output, accelerator)
     model, optimizer = accelerator.prepare(model, optimizer)
     run = Run(
-        recipe, output, accelerator, model, optimizer, scheduler, state, updates_per_epoch, num_images, validation, log
+        recipe, output, accelerator, model, optimizer, scheduler, state, updates_per_epoch, facts, validation, log
     )
     set_seed(recipe.seed + 1 + accelerator.process_index)  # sizes and sampled regions differ between processes
     if checkpoint:
@@ -337,21 +345,16 @@ def train_epoch(run: Run, batches: Iterator[dict[str, Any]], progress: tqdm, sig
         if signals.agreed(accelerator.state):
             return False
         losses, bad_images = forward_backward(run, batches)
-        grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), recipe.max_grad_norm or math.inf)
-        # All processes hold the same averaged gradients here, so they decide alike.
-        finite = is_finite(grad_norm)
-        if finite or accelerator.scaler is not None:  # the scaler skips by itself, and learns from it
-            run.optimizer.step()
-        run.optimizer.zero_grad()
         learning_rate = run.optimizer.param_groups[0]["lr"]
+        _, finite = update_weights(accelerator, run.model, run.optimizer, recipe.max_grad_norm)
         run.scheduler.step()
         state.record_update(finite, recipe.stop_after_skipped, scale=loss_scale(accelerator.scaler))
-        report_skips(run, progress, finite, bad_images)
+        run.bad_images.add(bad_images)
+        report_skip(accelerator, state.update, finite)
         sums = {name: sums.get(name, 0) + value for name, value in losses.items()}
         count += 1
         if number == run.updates_per_epoch or state.update % recipe.log_every == 0:
-            images = count * recipe.batch_size * recipe.gradient_accumulation_steps * accelerator.num_processes
-            speed = images / (time.monotonic() - since)
+            speed = count * run.images_per_update / (time.monotonic() - since)
             log_update(run, progress, {name: value / count for name, value in sums.items()}, learning_rate, speed)
             check_bad_images(run, number == run.updates_per_epoch)
             since, sums, count = time.monotonic(), {}, 0
@@ -376,37 +379,13 @@ def forward_backward(run: Run, batches: Iterator[dict[str, Any]]) -> tuple[dict[
     return means, bad_images
 
 
-def report_skips(run: Run, progress: tqdm, finite: bool, bad_images: list[dict[str, Any]]) -> None:
-    """Count the bad images of an update, and name those that were not named before."""
-    num_bad = sum(batch["num_bad"] for batch in bad_images)
-    run.state.skipped_images += num_bad
-    run.state.bad_in_epoch += num_bad
-    for name, reason in run.bad_images.add(image for batch in bad_images for image in batch["skipped"]):
-        progress.write(f"Bad image {name}: {reason}; another one takes its place", file=sys.stderr)
-    if not finite and run.accelerator.is_main_process:
-        progress.write(f"Skipped update {run.state.update}: its gradients are not finite", file=sys.stderr)
-
-
-def total_bad_images(run: Run) -> list[int]:
-    """[of the run, of the epoch that is not over], of all processes."""
-    counts = torch.tensor([run.state.skipped_images, run.state.bad_in_epoch], device=run.accelerator.device)
-    return run.accelerator.reduce(counts, "sum").tolist()
-
-
 def check_bad_images(run: Run, ends_epoch: bool) -> None:
-    """Stop, with a checkpoint, when too many images of the epoch are bad; log their number at its end."""
-    recipe, epoch = run.recipe, math.ceil(run.epoch)
-    per_update = recipe.batch_size * recipe.gradient_accumulation_steps * run.accelerator.num_processes
-    images, (_, bad) = run.updates_per_epoch * per_update, total_bad_images(run)
-    if ends_epoch:
-        run.state.bad_in_epoch = 0
-        if bad and run.log:
-            run.log.write({"step": run.state.update, "epoch": run.epoch, "bad_images": bad, "of_images": images})
-    try:
-        check_bad_share(bad, images, recipe.max_bad_share, f"epoch {epoch}", run.output)
-    except TooManyBadImagesError:
+    """Stop, with a checkpoint, when too many images of the epoch are bad."""
+    entry = {"step": run.state.update, "epoch": run.epoch}
+    too_many = run.bad_images.check(f"epoch {math.ceil(run.epoch)}", run.log, entry, ends_epoch=ends_epoch)
+    if too_many:
         save(run)
-        raise
+        raise too_many
 
 
 def log_update(run: Run, progress: tqdm, losses: dict[str, Tensor], learning_rate: float, speed: float) -> None:
@@ -449,7 +428,7 @@ def save(run: Run) -> None:
     accelerator, state = run.accelerator, run.state
     random_states = gather_object([random_state()])
     weights = accelerator.get_state_dict(run.model)
-    bad_in_run, bad_in_epoch = total_bad_images(run)
+    bad_in_run, bad_in_epoch = run.bad_images.totals()
     if run.log:
         scaler = accelerator.scaler
         training_state = {
@@ -462,9 +441,7 @@ def save(run: Run) -> None:
         trainer_state = {
             "state": {**dataclasses.asdict(state), **totals},
             "epoch": run.epoch,
-            "class_names": list(run.validation.data.class_names),
-            "num_images": run.num_images,
-            "num_processes": accelerator.num_processes,
+            **run.facts,
             "threads": torch.get_num_threads(),
             "recipe": run.recipe.to_dict(),
         }
@@ -550,7 +527,7 @@ def recorded_facts(run: Run, train_images: int) -> dict[str, Any]:
         "training": {
             "updates": run.state.update,
             "epochs": run.epoch,
-            "images_per_update": recipe.batch_size * recipe.gradient_accumulation_steps * run.accelerator.num_processes,
+            "images_per_update": run.images_per_update,
             "learning_rate": recipe.learning_rate,
         },
         "metrics": measured(metrics),
@@ -569,7 +546,6 @@ def print_heading(run: Run, train: CocoImages, init_from: str | None, checkpoint
     short = f"{min(sides)} to {max(sides)}" if len(sides) > 1 else str(sides[0])
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     threads, processes = torch.get_num_threads(), accelerator.num_processes
-    images = recipe.batch_size * recipe.gradient_accumulation_steps * processes
     lines = {
         "data": f"{len(train):,} images, {train.data.num_objects:,} objects of {len(train.data.class_names)} classes "
         f"from {train.data.path}",
@@ -580,7 +556,7 @@ def print_heading(run: Run, train: CocoImages, init_from: str | None, checkpoint
         f"{config.hidden_size}, {f'weights of {init_from}' if init_from else 'new weights'}",
         "device": f"{accelerator.device}, {precision}, {processes} process{'es' * (processes > 1)}, {threads} "
         f"thread{'s' * (threads > 1)}",
-        "updates": f"{run.total_updates:,} ({recipe.epochs} epochs) of {images} images; learning rate "
+        "updates": f"{run.total_updates:,} ({recipe.epochs} epochs) of {run.images_per_update} images; learning rate "
         f"{recipe.learning_rate:.1e} after {recipe.warmup_updates}, a tenth after epochs "
         f"{', '.join(map(str, recipe.milestones))}",
         "output": str(run.output),

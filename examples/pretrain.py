@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
 
 from green_swin_hf import GreenSwinConfig, GreenSwinForMaskedImageModeling, SparseGeometry
-from green_swin_hf.bad_images import BadImageList, TooManyBadImagesError, check_bad_share
+from green_swin_hf.bad_images import BadImageCount, TooManyBadImagesError
 from green_swin_hf.checkpointing import (
     listed_files,
     load_weights,
@@ -94,11 +94,12 @@ from green_swin_hf.training import (
     fixed_batches,
     held_out_loss,
     hold_out,
-    is_finite,
     last_line,
     mean_prediction_loss,
     model_inputs,
     one_line_errors,
+    report_skip,
+    update_weights,
 )
 
 DEFAULT_RECIPE = Path(__file__).resolve().parent / "recipes" / "pretraining" / "fashion_mnist_tiny.yaml"
@@ -131,11 +132,12 @@ class Run:
     log: TrainingLog | None = None  # of the main process only
     final_loss: float | None = None
     probed: Accuracy | None = None
-    bad_images: BadImageList = field(init=False)
+    bad_images: BadImageCount = field(init=False)
     saved_update: int | None = None  # of the newest checkpoint
 
     def __post_init__(self) -> None:
-        self.bad_images = BadImageList(self.output)
+        images, share = self.counted_updates * self.images_per_update, self.recipe.max_bad_share
+        self.bad_images = BadImageCount(self.output, self.accelerator, self.state, images, share)
 
     @property
     def epoch(self) -> float | None:
@@ -412,20 +414,16 @@ def train(run: Run, loader: LoaderWatch, progress: tqdm, stop_after: int | None,
     since, images_since = time.monotonic(), 0
     while state.update < stop_at and not signals.agreed(accelerator.state):
         loss, bad_images = forward_backward(run, batches)
-        grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), recipe.max_grad_norm or math.inf)
-        # All processes hold the same averaged gradients here, so they decide alike.
-        finite = is_finite(grad_norm)
-        if finite or accelerator.scaler is not None:  # the scaler skips by itself, and learns from it
-            run.optimizer.step()
-        run.optimizer.zero_grad()
         learning_rate = run.optimizer.param_groups[0]["lr"]
+        grad_norm, finite = update_weights(accelerator, run.model, run.optimizer, recipe.max_grad_norm)
         run.scheduler.step()
         state.record_update(finite, recipe.stop_after_skipped, loss=loss, scale=loss_scale(accelerator.scaler))
         images_since += run.images_per_update
-        report_skips(run, progress, finite, bad_images)
+        run.bad_images.add(bad_images)
+        report_skip(accelerator, state.update, finite)
 
         ends_epoch = state.update % run.counted_updates == 0
-        too_many = check_bad_images(run, progress, ends_epoch) if ends_epoch or due(run, recipe.log_every) else None
+        too_many = check_bad_images(run, ends_epoch) if ends_epoch or due(run, recipe.log_every) else None
         if due(run, recipe.log_every) or not finite:
             speed = images_since / (time.monotonic() - since)
             log_update(run, progress, loss, learning_rate, grad_norm, speed)
@@ -466,33 +464,12 @@ def due(run: Run, every: int) -> bool:
     return every > 0 and (run.state.update % every == 0 or run.state.update == run.total_updates)
 
 
-def report_skips(run: Run, progress: tqdm, finite: bool, bad_images: list[dict[str, Any]]) -> None:
-    """Count the bad images of an update, and name those that were not named before."""
-    num_bad = sum(batch["num_bad"] for batch in bad_images)
-    run.state.skipped_images += num_bad
-    run.state.bad_in_epoch += num_bad
-    for name, reason in run.bad_images.add(image for batch in bad_images for image in batch["skipped"]):
-        progress.write(f"Bad image {name}: {reason}; another one takes its place", file=sys.stderr)
-    if not finite and run.accelerator.is_main_process:
-        progress.write(f"Skipped update {run.state.update}: its gradients are not finite", file=sys.stderr)
-
-
-def check_bad_images(run: Run, progress: tqdm, ends_epoch: bool) -> TooManyBadImagesError | None:
-    """The error to stop with where too many images of the epoch are bad; logs their number at its end."""
-    images = run.counted_updates * run.images_per_update
-    _, bad = total_bad_images(run)
+def check_bad_images(run: Run, ends_epoch: bool) -> TooManyBadImagesError | None:
+    """The error to stop with where too many images of the epoch, or of a part of a stream, are bad."""
     period = (run.state.update - 1) // run.counted_updates + 1
     when = f"epoch {period}" if run.updates_per_epoch else f"part {period} of the stream"
-    if ends_epoch:
-        run.state.bad_in_epoch = 0
-        if bad and run.log:
-            progress.write(f"Bad images in {when}: {bad:,} of {images:,}", file=sys.stderr)
-            run.log.write({"step": run.state.update, "epoch": run.epoch, "bad_images": bad, "of_images": images})
-    try:
-        check_bad_share(bad, images, run.recipe.max_bad_share, when, run.output)
-    except TooManyBadImagesError as error:
-        return error
-    return None
+    entry = {"step": run.state.update, "epoch": run.epoch}
+    return run.bad_images.check(when, run.log, entry, ends_epoch=ends_epoch)
 
 
 def log_update(
@@ -506,7 +483,7 @@ def log_update(
         "learning_rate": learning_rate,
         "grad_norm": float(grad_norm),
         "images_per_second": round(speed, 1),
-        "skipped_images": total_bad_images(run)[0],
+        "skipped_images": run.bad_images.totals()[0],
         "skipped_updates": state.skipped_updates,
     }
     if (scale := loss_scale(accelerator.scaler)) is not None:
@@ -518,12 +495,6 @@ def log_update(
     if run.probed:
         shown["k-NN"] = f"{run.probed.value:.3f}"
     progress.set_postfix(shown, refresh=False)
-
-
-def total_bad_images(run: Run) -> list[int]:
-    """[of the run, of the epoch that is not over], of all processes."""
-    counts = torch.tensor([run.state.skipped_images, run.state.bad_in_epoch], device=run.accelerator.device)
-    return run.accelerator.reduce(counts, "sum").tolist()
 
 
 def measure(run: Run) -> float | None:
@@ -557,7 +528,7 @@ def save(run: Run) -> None:
     random_states = gather_object([random_state()])
     model = whole_model(accelerator, run.model)
     optimizer = optimizer_state(accelerator, run.model, run.optimizer)
-    bad_in_run, bad_in_epoch = total_bad_images(run)
+    bad_in_run, bad_in_epoch = run.bad_images.totals()
     if run.log:
         scaler = accelerator.scaler
         training_state = {
@@ -624,7 +595,8 @@ def open_output(run: Run, report_to: str) -> None:
             print(f"Kept as {path}: it is of a later update than this run goes on from")
         save_recipe(run.recipe, run.output / RECIPE_FILE)
         run.log = TrainingLog(run.output / "log.jsonl", run.state.log_position)
-        for name, reason in run.bad_images.add(image for batch in run.fixed_batches for image in batch["skipped"]):
+        unusable = (image for batch in run.fixed_batches for image in batch["skipped"])
+        for name, reason in run.bad_images.listed.add(unusable):
             print(f"Bad image {name}: {reason}; it is not measured on", file=sys.stderr)
     if report_to != "none":
         settings = {name: str(value) for name, value in run.recipe.to_dict().items()}

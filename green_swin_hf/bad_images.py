@@ -5,8 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from .training import RunState, TrainingLog
 
 BAD_IMAGES_FILE = "bad_images.jsonl"  # in an output folder
 
@@ -40,6 +48,60 @@ class BadImageList:
         return list(new.items())
 
 
+class BadImageCount:
+    """What a training script does about bad images: names each when it comes, counts them, stops at too many.
+
+    Args:
+        folder: the output folder of the run.
+        accelerator: of the run, whose processes' numbers are summed up.
+        state: of the run; the counts of this process are in it.
+        images: of an epoch.
+        max_share: of them that may be bad, 0 … 1.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, state: RunState, images: int, max_share: float):
+        self.listed = BadImageList(folder)
+        self.accelerator = accelerator
+        self.state = state
+        self.images = images
+        self.max_share = max_share
+
+    def add(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Count those of an update's batches (`num_bad`, `skipped`), and name those that were not named before."""
+        for batch in batches:
+            self.state.skipped_images += batch["num_bad"]
+            self.state.bad_in_epoch += batch["num_bad"]
+            for name, reason in self.listed.add(batch["skipped"]):
+                tqdm.write(f"Bad image {name}: {reason}; another one takes its place", file=sys.stderr)
+
+    def totals(self) -> list[int]:
+        """[of the run, of the epoch that is not over], of all processes, which must all ask."""
+        counts = torch.tensor([self.state.skipped_images, self.state.bad_in_epoch], device=self.accelerator.device)
+        return self.accelerator.reduce(counts, "sum").tolist()
+
+    def check(
+        self, when: str, log: TrainingLog | None, entry: Mapping[str, Any], *, ends_epoch: bool
+    ) -> TooManyBadImagesError | None:
+        """The error to stop with where too many images of the epoch are bad; all processes must ask.
+
+        Args:
+            when: the epoch, in words.
+            log: of the main process. The end of an epoch with bad images is noted there, `entry` before their number.
+            ends_epoch: they are counted anew from here on.
+        """
+        _, bad = self.totals()
+        if ends_epoch:
+            self.state.bad_in_epoch = 0
+            if bad and log:
+                tqdm.write(f"Bad images in {when}: {bad:,} of {self.images:,}", file=sys.stderr)
+                log.write({**entry, "bad_images": bad, "of_images": self.images})
+        try:
+            check_bad_share(bad, self.images, self.max_share, when, self.listed.path.parent)
+        except TooManyBadImagesError as error:
+            return error
+        return None
+
+
 def _listed(text: str) -> set[str]:
     names = set()
     for line in text.splitlines():
@@ -69,4 +131,4 @@ def check_bad_share(bad: int, images: int, max_share: float, when: str, folder: 
         )
 
 
-__all__ = ["BAD_IMAGES_FILE", "BadImageList", "TooManyBadImagesError", "check_bad_share"]
+__all__ = ["BAD_IMAGES_FILE", "BadImageCount", "BadImageList", "TooManyBadImagesError", "check_bad_share"]

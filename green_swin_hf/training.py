@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
+from tqdm.auto import tqdm
 
 from .data import (
     EpochSampler,
@@ -287,6 +289,32 @@ def is_finite(norm: Tensor) -> bool:
     return bool(torch.isfinite(norm).item())
 
 
+def update_weights(
+    accelerator: Accelerator, model: nn.Module, optimizer: Any, max_grad_norm: float
+) -> tuple[Tensor, bool]:
+    """Take an optimizer step with clipped gradients, or none where they are not finite, and clear them.
+
+    Args:
+        max_grad_norm: 0 does not clip.
+
+    Returns:
+        The norm of the gradients before they were clipped, and whether they are finite. All processes hold the same
+        averaged gradients, so they decide alike.
+    """
+    grad_norm: Any = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    finite = is_finite(grad_norm)
+    if finite or accelerator.scaler is not None:  # the scaler skips by itself, and learns from it
+        optimizer.step()
+    optimizer.zero_grad()
+    return grad_norm, finite
+
+
+def report_skip(accelerator: Accelerator, update: int, finite: bool) -> None:
+    """Say that an update was skipped where its gradients were not finite."""
+    if not finite and accelerator.is_main_process:
+        tqdm.write(f"Skipped update {update}: its gradients are not finite", file=sys.stderr)
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are `ValueError`s, to be shown by `one_line_errors`."""
 
@@ -358,5 +386,7 @@ __all__ = [
     "mean_prediction_loss",
     "model_inputs",
     "one_line_errors",
+    "report_skip",
     "unused_folder",
+    "update_weights",
 ]

@@ -178,6 +178,22 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(shapes, tmp_path, c
     assert len(list_checkpoints(whole / "checkpoints")) == 2
 
 
+def test_other_annotations_of_as_many_images_are_refused_when_going_on(shapes, tmp_path, capsys):
+    moved, other = tmp_path / "moved.json", tmp_path / "other.json"
+    text = (shapes / "train" / "annotations.json").read_text()
+    moved.write_text(text)
+    content = json.loads(text)
+    content["annotations"][0]["bbox"][0] += 1
+    other.write_text(json.dumps(content))
+    run = ["--output-dir", tmp_path / "run"]
+    assert run_script(*run, *given(shapes), *TINY, "--stop-after", 1) == 0
+    again = [*run, "--resume", "auto", "--train-images", shapes / "train" / "images"]
+    with pytest.raises(SystemExit, match="2"):
+        run_script(*again, "--train-annotations", other)
+    assert re.search(r"cannot change the run: data_fingerprint '\w{12}' -> '\w{12}'; leave", capsys.readouterr().err)
+    assert run_script(*again, "--train-annotations", moved) == 0
+
+
 def test_a_signal_ends_a_run_within_an_epoch_and_it_goes_on_exactly(shapes, tmp_path, capsys, monkeypatch):
     flags = [*given(shapes), *TINY, "--batch-size", 2, "--drop-path-rate", 0.3, "--log-every", 1]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
