@@ -224,7 +224,7 @@ def draw_bars(axes: Any, rows: Sequence[Row]) -> None:
         style = {"color": kit.COLOURS[index], "hatch": kit.HATCHES[index], "edgecolor": "white"}
         axes.bar(places, [ratios_of(row)[name] for row in rows], width=0.2, label=name, **style)
     axes.set_xticks(range(len(rows)), [f"Swin-{row['variant'][0].upper()}\n{row['size']} px" for row in rows])
-    axes.margins(y=0.3)
+    axes.margins(y=0.6)  # room for the legend
 
 
 def draw_lines(axes: Any, kind: str, rows: Sequence[Row]) -> None:
