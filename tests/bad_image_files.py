@@ -172,6 +172,22 @@ def webp_bombs(side):
     return {"lossy": bomb("WEBP", side), "lossless": bytes(lossless), "animated": bytes(animated)}
 
 
+def rare_bombs(side):
+    """As `bomb`, of the other formats that this Pillow writes."""
+    sides, found = struct.pack(">II", side, side), {"PPM": b"P6 %d %d 255\n" % (side, side) + bytes(99)}
+    if "JPEG2000" in Image.SAVE:
+        content = bytearray(encode(halves(RED, BLUE), "JPEG2000"))
+        for place in (content.index(b"ihdr") + 4, content.index(b"\xff\x51") + 6):  # of the file and the codestream
+            content[place : place + 8] = sides
+        found["JPEG2000"] = bytes(content)
+    if "AVIF" in Image.SAVE:
+        content = bytearray(encode(halves(RED, BLUE), "AVIF"))
+        place = content.index(b"ispe") + 8
+        content[place : place + 8] = sides
+        found["AVIF"] = bytes(content)
+    return found
+
+
 def real_bomb(side=30_000):
     """A whole PNG of 30,000 x 30,000 pixels in 110 kB, which would take 900 MB and more."""
 
