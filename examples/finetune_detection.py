@@ -33,6 +33,7 @@ from transformers import ViTImageProcessor
 
 from green_swin_hf.bad_images import BadImageCount, TooManyBadImagesError
 from green_swin_hf.checkpointing import (
+    list_checkpoints,
     listed_files,
     prepare_checkpoints,
     random_state,
@@ -143,8 +144,9 @@ def main(argv: list[str] | None = None) -> int:
             "num_processes": accelerator.num_processes,
             "data_fingerprint": train.data.fingerprint() if train else None,
         }
-        changes = {name: (resumed.get(name, now), now) for name, now in facts.items()} if resumed else {}
-        check_changes(before, recipe, changes)
+        if resumed:
+            resumed.setdefault("data_fingerprint", facts["data_fingerprint"])  # of a run begun before it was kept
+        check_changes(before, recipe, {name: (resumed[name], now) for name, now in facts.items()} if resumed else {})
 
         # Model, optimizer, schedule
         set_seed(recipe.seed)
@@ -195,17 +197,14 @@ def main(argv: list[str] | None = None) -> int:
             if state.update < run.total_updates:
                 record.stop()
                 return stopped_early(run, signals)
-            if not run.found:  # the last epoch was done before
-                measure(run)
             written = save_results(run)
             record.stop(**recorded_facts(run, len(train)))
     except (DivergenceError, LoaderError, TooManyBadImagesError, ValueError, OSError) as error:
-        # ValueError: an image that was not annotated so; OSError: the disk is full
+        # ValueError: an image that cannot be read; OSError: the disk is full
         progress.close()
         record.stop()
         is_own = not isinstance(error, DivergenceError | TooManyBadImagesError)  # these all processes have
-        message = f"stopped: {last_line(error)}; whole checkpoints are in {output / 'checkpoints'}"
-        return fail(accelerator, message, by_all=is_own)
+        return fail(accelerator, f"stopped: {last_line(error)}; {after_failure(output)}", by_all=is_own)
     print_results(run, written, time.monotonic() - started)
     uploaded = (
         not hub_id
@@ -292,7 +291,11 @@ def read_data(recipe: DetectionRecipe, train: Path, validation: Path) -> tuple[C
     validation_data = load_coco(validation, recipe.validation_images, class_names=training_data.class_names)
     mode: Any = "L" if recipe.num_channels == 1 else "RGB"
     images = CocoImages(training_data.for_training(recipe.skip_empty), mode=mode, seed=recipe.seed, training=True)
-    return images, CocoImages(validation_data, mode=mode)
+    held_out = CocoImages(validation_data, mode=mode)
+    if all(o.get("iscrowd") for objects in validation_data.objects for o in objects):
+        raise ValueError(f"{validation} annotates no objects to measure on; give a file with some that are no crowds")
+    held_out.check_files()  # what cannot be measured on is better known before training
+    return images, held_out
 
 
 def build_loader(run: Run, images: CocoImages) -> LoaderWatch:
@@ -321,17 +324,22 @@ def train_epochs(
     run: Run, batches: Iterator[dict[str, Any]], progress: tqdm, stop_after: int | None, signals: StopSignals
 ) -> None:
     """Do the epochs of this start of the run: to its end, to where it was asked to stop, or until a signal comes."""
-    recipe, first = run.recipe, run.state.update // run.updates_per_epoch
-    if run.state.update == 0 and recipe.validate_every:
+    recipe, (first, within) = run.recipe, divmod(run.state.update, run.updates_per_epoch)
+    if not within and is_measured(recipe, first):  # before training, or what the log lost when it was cut for resuming
         measure(run)
     for epoch in range(first + 1, min(recipe.epochs, first + (stop_after or recipe.epochs)) + 1):
         if not train_epoch(run, batches, progress, signals):
             if run.state.update % run.updates_per_epoch:  # else it was saved
                 save(run)
             return
-        if epoch == recipe.epochs or (recipe.validate_every and epoch % recipe.validate_every == 0):
+        save(run)  # first: an image that cannot be read ends the measurement
+        if is_measured(recipe, epoch):
             measure(run)
-        save(run)
+
+
+def is_measured(recipe: DetectionRecipe, epoch: int) -> bool:
+    """Whether the model after so many epochs is measured."""
+    return epoch == recipe.epochs or (recipe.validate_every > 0 and epoch % recipe.validate_every == 0)
 
 
 def train_epoch(run: Run, batches: Iterator[dict[str, Any]], progress: tqdm, signals: StopSignals) -> bool:
@@ -380,7 +388,7 @@ def forward_backward(run: Run, batches: Iterator[dict[str, Any]]) -> tuple[dict[
 
 
 def check_bad_images(run: Run, ends_epoch: bool) -> None:
-    """Stop, with a checkpoint, when too many images of the epoch are bad."""
+    """Stop, with a checkpoint, when too many images of the epoch are bad; note their number at its end."""
     entry = {"step": run.state.update, "epoch": run.epoch}
     too_many = run.bad_images.check(f"epoch {math.ceil(run.epoch)}", run.log, entry, ends_epoch=ends_epoch)
     if too_many:
@@ -604,6 +612,13 @@ def stopped_early(run: Run, signals: StopSignals) -> int:
     )
     run.accelerator.end_training()
     return 0
+
+
+def after_failure(output: Path) -> str:
+    """What is there to go on with when a run ends before its end."""
+    if list_checkpoints(output / "checkpoints"):
+        return f"whole checkpoints are in {output / 'checkpoints'}"
+    return "it has no checkpoint yet: one is written after each epoch"
 
 
 def fail(accelerator: Accelerator, message: str, by_all: bool = False) -> int:

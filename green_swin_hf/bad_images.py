@@ -49,13 +49,13 @@ class BadImageList:
 
 
 class BadImageCount:
-    """What a training script does about bad images: names each when it comes, counts them, stops at too many.
+    """What a training script does about bad images: names each when it comes, counts them, and knows when to stop.
 
     Args:
         folder: the output folder of the run.
         accelerator: of the run, whose processes' numbers are summed up.
         state: of the run; the counts of this process are in it.
-        images: of an epoch.
+        images: of an epoch, or of what counts as one of a stream.
         max_share: of them that may be bad, 0 … 1.
     """
 
@@ -68,11 +68,12 @@ class BadImageCount:
 
     def add(self, batches: Iterable[Mapping[str, Any]]) -> None:
         """Count those of an update's batches (`num_bad`, `skipped`), and name those that were not named before."""
-        for batch in batches:
-            self.state.skipped_images += batch["num_bad"]
-            self.state.bad_in_epoch += batch["num_bad"]
-            for name, reason in self.listed.add(batch["skipped"]):
-                tqdm.write(f"Bad image {name}: {reason}; another one takes its place", file=sys.stderr)
+        batches = list(batches)
+        num_bad = sum(batch["num_bad"] for batch in batches)
+        self.state.skipped_images += num_bad
+        self.state.bad_in_epoch += num_bad
+        for name, reason in self.listed.add(image for batch in batches for image in batch["skipped"]):
+            tqdm.write(f"Bad image {name}: {reason}; another one takes its place", file=sys.stderr)
 
     def totals(self) -> list[int]:
         """[of the run, of the epoch that is not over], of all processes, which must all ask."""

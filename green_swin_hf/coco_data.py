@@ -23,7 +23,15 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes, Mask
 
 from .data import mix_seed, seeded_generator
-from .image_decoding import BrokenDataError, ColorMode, CorruptImageError, decode_image
+from .image_decoding import (
+    BrokenDataError,
+    ColorMode,
+    CorruptImageError,
+    decode_image,
+    open_image,
+    reason_of,
+    upright_size,
+)
 
 MAX_CORRUPT_RUN = 100
 
@@ -53,7 +61,10 @@ class CocoData:
         return sum(map(len, self.objects))
 
     def fingerprint(self) -> str:
-        """Twelve letters that other annotations hardly share, wherever the file lies; they follow from its bytes."""
+        """Twelve hexadecimal digits that another annotation file hardly shares, wherever it lies.
+
+        They follow from the bytes of the file, not from the images.
+        """
         return hashlib.sha256(self.path.read_bytes()).hexdigest()[:12]
 
     def for_training(self, skip_empty: bool = True) -> CocoData:
@@ -325,8 +336,8 @@ class CocoImages(Dataset[dict[str, Any]]):
             skipped: (name, reason) of the images that could not be decoded in its place, its own first.
 
         Raises:
-            BrokenDataError: an image that cannot be decoded and may not, or cannot, be replaced.
-            ValueError: an image of another size than annotated.
+            BrokenDataError: an image that cannot be decoded, or has not the size that was annotated, and may not, or
+                cannot, be replaced.
         """
         if key < 0:
             raise IndexError(f"key {key} must be 0 or more")
@@ -341,7 +352,7 @@ class CocoImages(Dataset[dict[str, Any]]):
                 if not self.training or len(skipped) >= min(MAX_CORRUPT_RUN, len(self)):
                     others = f" and {len(skipped) - 1} others in a row" if len(skipped) > 1 else ""
                     raise BrokenDataError(
-                        f"image {': '.join(skipped[0])}{others}; give images that can be read"
+                        f"image {': '.join(skipped[0])}{others}; give images that can be read and were annotated"
                     ) from None
                 index = (index + 1) % len(self)
         target = self.target(index)
@@ -374,18 +385,37 @@ class CocoImages(Dataset[dict[str, Any]]):
             "area": torch.tensor(areas, dtype=torch.float32),
         }
 
+    def check_files(self) -> None:
+        """Look at the head of every image, without decoding it.
+
+        Raises:
+            ValueError: one of them is missing, is none, or has not the size that was annotated.
+        """
+        for entry in self.data.images:
+            path = self.data.image_folder / entry["file_name"]
+            try:
+                with open_image({"bytes": None, "path": str(path)}) as file:
+                    sizes = upright_size(file), (file.height, file.width)
+            except Exception as error:  # PIL raises nearly every built-in exception on damaged files
+                raise ValueError(f"image {path}: {reason_of(error)}; give images that can be read") from None
+            if (entry["height"], entry["width"]) not in sizes:
+                raise ValueError(f"image {path} {_size_reason(sizes[0], entry)}; give the images that were annotated")
+
     def _decode(self, index: int) -> Tensor:
         entry = self.data.images[index]
         path = self.data.image_folder / entry["file_name"]
         size = entry["height"], entry["width"]
         image = decode_image({"bytes": None, "path": str(path)}, self.mode, size=size)  # turned as it was annotated
-        found, annotated = tuple(image.shape[1:]), size
-        if found != annotated:
-            raise ValueError(
-                f"image {path} has {found[0]} x {found[1]} pixels, its annotations (image id {entry['id']}) are for "
-                f"{annotated[0]} x {annotated[1]}; give the images that were annotated"
-            )
+        if (found := tuple(image.shape[1:])) != size:
+            raise CorruptImageError(str(path), _size_reason(found, entry))
         return image
+
+
+def _size_reason(found: tuple[int, ...], entry: Mapping[str, Any]) -> str:
+    return (
+        f"has {found[0]} x {found[1]} pixels, its annotations (image id {entry['id']}) are for {entry['height']} x "
+        f"{entry['width']}"
+    )
 
 
 def mirrored(image: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -15,21 +15,21 @@ import stat
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import fsspec
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from .redaction import redacted
 
 ColorMode = Literal["L", "RGB"]
 
-# PIL's own limit is a variable of the process that other libraries set to None. Decoding takes up to 28 bytes a pixel
-# (a transparent WebP).
+# PIL's own limit is a variable of the process that other libraries set to None. Decoding takes up to 38 bytes a pixel
+# (an animated WebP with transparency).
 MAX_PIXELS = 89_478_485
 MAX_FILE_BYTES = 1 << 30  # an image of so many pixels without compression, and half as much again
 
@@ -37,6 +37,8 @@ MAX_FILE_BYTES = 1 << 30  # an image of so many pixels without compression, and 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "DIB", "JPEG2000", "AVIF")
 
 EXIF_ORIENTATION = 0x0112
+_TIFF_TILE_SIDES = (322, 323)
+_WEBP_HEAD_BYTES = 30
 
 _FLOAT_OVERSHOOT = 1.2  # of a range, as resampling leaves it
 
@@ -101,39 +103,61 @@ def decode_image(
 
 @contextlib.contextmanager
 def open_image(record: Mapping[str, Any]) -> Iterator[Image.Image]:
-    """The image file of a record, opened and not decoded yet; within it PIL does not warn.
+    """The image file of a record, opened and not decoded yet: of a local file no more than its head is read.
 
     Raises whatever the system or PIL does where it cannot be read, and a `ValueError` for what is empty, no regular
     file, or has more than `MAX_FILE_BYTES` or `MAX_PIXELS`.
     """
-    content, path = record.get("bytes"), record.get("path")
-    if content is None and not path:
-        raise ValueError("holds no image")
-    content = _read_bytes(str(path)) if content is None else content
-    if not content:
-        raise ValueError("is empty")
-    _check_pixels(*_webp_canvas(content))
-    with warnings.catch_warnings():
+    with _open_file(record) as content, warnings.catch_warnings(), _limit_of_pixels():
         warnings.simplefilter("ignore")  # PIL warns of oddities that do not hurt
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(content), formats=_known_formats()) as file:
-            _check_pixels(file.width, file.height)
+        head = content.read(_WEBP_HEAD_BYTES)
+        if not head:
+            raise ValueError("is empty")
+        _check_pixels(*_webp_canvas(head))
+        content.seek(0)
+        with Image.open(content, formats=_known_formats()) as file:
+            if isinstance(file, TiffImageFile):  # whose tiles may be larger than the image
+                _check_pixels(*(file.tag_v2.get(tag, 0) for tag in _TIFF_TILE_SIDES))
             yield file
 
 
-def reason_of(error: Exception) -> str:
-    """What an error of decoding says, on one line."""
-    return " ".join(re.sub(r" <_io\.BytesIO object at \w+>", "", str(error) or type(error).__name__).split())
+def _open_file(record: Mapping[str, Any]) -> BinaryIO:
+    content, path = record.get("bytes"), record.get("path")
+    if content is None and not path:
+        raise ValueError("holds no image")
+    if content is None and "://" not in str(path):
+        found = os.stat(str(path))
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe may wait for ever, a device may never end
+            raise ValueError("is no regular file")
+        _check_size(found.st_size, MAX_FILE_BYTES, "bytes")
+        return open(str(path), "rb")
+    if content is None:
+        with fsspec.open(str(path), "rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    _check_size(len(content), MAX_FILE_BYTES, "bytes")
+    return io.BytesIO(content)
 
 
-def _webp_canvas(content: bytes) -> tuple[int, int]:
+@contextlib.contextmanager
+def _limit_of_pixels() -> Iterator[None]:
+    """Within it PIL's limit is ours: for a GIF it takes the canvas when it opens one, after a look at its own limit."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _webp_canvas(head: bytes) -> tuple[int, int]:
     """(width, height) that the head of a WebP file says, (0, 0) of anything else.
 
-    PIL takes the memory of the whole canvas twice when it opens one, before the size can be asked for. The layouts of
-    the three kinds of head are those of RFC 9649.
+    PIL takes the memory of the whole canvas twice when it opens one, up to version 12 before it looks at its limit. The
+    layouts of the three kinds of head are those of RFC 9649.
     """
-    kind, data = content[12:16], content[20:30]
-    if content[:4] != b"RIFF" or content[8:12] != b"WEBP" or len(data) < 10:
+    kind, data = head[12:16], head[20:_WEBP_HEAD_BYTES].ljust(10, b"\0")  # a whole file may be shorter
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
         return 0, 0
     if kind == b"VP8X":  # after four bytes of flags, 24 bits each, less one
         return int.from_bytes(data[4:7], "little") + 1, int.from_bytes(data[7:10], "little") + 1
@@ -148,23 +172,15 @@ def _check_pixels(width: int, height: int) -> None:
     _check_size(width * height, MAX_PIXELS, "pixels")
 
 
-def _read_bytes(path: str) -> bytes:
-    if "://" not in path:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):  # reading a pipe may wait for ever, a device may never end
-            raise ValueError("is no regular file")
-        _check_size(found.st_size, MAX_FILE_BYTES, "bytes")
-        return Path(path).read_bytes()
-    with fsspec.open(path, "rb") as file:
-        content = file.read(MAX_FILE_BYTES + 1)
-    _check_size(len(content), MAX_FILE_BYTES, "bytes")
-    return content
-
-
 def _check_size(size: int, limit: int, unit: str) -> None:
     if size > limit:
         bomb = " (a decompression bomb)" if unit == "pixels" else ""
         raise ValueError(f"has {size:,} {unit}, more than the {limit:,} that are decoded{bomb}")
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of decoding says, on one line."""
+    return " ".join(re.sub(r" <_io\.[^>]*>", "", str(error) or type(error).__name__).split())
 
 
 def _decode(file: Image.Image, mode: ColorMode, size: tuple[int, int] | None) -> np.ndarray:

@@ -130,6 +130,7 @@ def damaged_cases():
         yield BadImageCase("bomb", name, bomb(name, side), reason="pixels.*bomb")
     for kind, content in webp_bombs(16_383).items():
         yield BadImageCase(f"{kind}-bomb", "WEBP", content, reason="268,?402,?689.*bomb")
+    yield BadImageCase("tile-bomb", "TIFF", tile_bomb(), reason="900,?000,?000.*bomb")
     yield BadImageCase("real-bomb", "PNG", real_bomb(), reason="900,?000,?000.*bomb")
     yield BadImageCase("nan", "TIFF", encode(floats(0.5, np.nan), "TIFF"), reason="NaN or infinite")
     yield BadImageCase("infinite", "TIFF", encode(floats(0.5, np.inf), "TIFF"), reason="NaN or infinite")
@@ -164,17 +165,27 @@ def bomb(name, side):
 
 
 def webp_bombs(side):
-    """Small WebP files of the three kinds of head, which says `side` x `side` pixels."""
+    """Small WebP files, beside `bomb`, whose head says `side` x `side` pixels."""
     lossless = bytearray(encode(halves(RED, BLUE), "WEBP", lossless=True))
     lossless[21:25] = struct.pack("<I", (side - 1) | (side - 1) << 14)
     animated = bytearray(encode(halves(RED, BLUE), "WEBP", save_all=True, append_images=[halves(BLUE, RED)]))
     animated[24:30] = (side - 1).to_bytes(3, "little") * 2
-    return {"lossy": bomb("WEBP", side), "lossless": bytes(lossless), "animated": bytes(animated)}
+    shortest = b"RIFF\x12\0\0\0WEBPVP8L\x06\0\0\0" + bytes(lossless[20:25]) + b"\0"  # shorter than other heads
+    return {"lossless": bytes(lossless), "shortest": shortest, "animated": bytes(animated)}
+
+
+def tile_bomb(side=30_000):
+    """A TIFF of 16 x 16 pixels in one deflated tile of 30,000 x 30,000."""
+    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 8 + 2 + 10 * 12 + 4, 325: 99}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + zlib.compress(bytes(999)) + bytes(99)
 
 
 def rare_bombs(side):
     """As `bomb`, of the other formats that this Pillow writes."""
     sides, found = struct.pack(">II", side, side), {"PPM": b"P6 %d %d 255\n" % (side, side) + bytes(99)}
+    frame = b"!\xf9\x04\x08\0\0\0\0,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"  # to be cleared after it was shown
+    found["GIF-cleared"] = b"GIF89a" + struct.pack("<HH", side, side) + b"\x80\0\0" + bytes(6) + frame
     if "JPEG2000" in Image.SAVE:
         content = bytearray(encode(halves(RED, BLUE), "JPEG2000"))
         for place in (content.index(b"ihdr") + 4, content.index(b"\xff\x51") + 6):  # of the file and the codestream

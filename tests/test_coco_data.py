@@ -1,6 +1,7 @@
 """Data in COCO's format: masks of every kind, crowds, flips, and files that are wrong."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -240,10 +241,22 @@ def test_files_that_are_no_annotations(tmp_path, path):
         load_coco(write(tmp_path, content()), tmp_path / "nowhere")
 
 
-def test_an_image_of_another_size_than_annotated_is_named(path):
+def test_an_image_of_another_size_than_annotated_is_a_bad_one(path):
+    CocoImages(load_coco(path)).check_files()
     Image.new("RGB", (WIDTH + 1, HEIGHT)).save(path.parent / "images" / "a.png")
-    with pytest.raises(ValueError, match=r"a.png has 20 x 31 pixels, its annotations \(image id 7\) are for 20 x 30"):
-        CocoImages(load_coco(path), training=True)[0]
+    reason = "has 20 x 31 pixels, its annotations (image id 7) are for 20 x 30"
+    (skipped,) = CocoImages(load_coco(path), training=True)[0]["skipped"]
+    assert skipped == (str(path.parent / "images" / "a.png"), reason)
+    for look in (lambda images: images[0], lambda images: images.check_files()):
+        with pytest.raises(ValueError, match=rf"a\.png:? {re.escape(reason)}; give"):
+            look(CocoImages(load_coco(path)))
+
+
+@pytest.mark.parametrize(("content", "reason"), [(b"", "is empty"), (b"no image", "cannot identify image file;")])
+def test_the_heads_of_all_images_can_be_looked_at(path, content, reason):
+    (path.parent / "images" / "b.png").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"image \S+b\.png: {reason}"):
+        CocoImages(load_coco(path)).check_files()
 
 
 @pytest.mark.parametrize("annotated_on", ["stored", "upright"])

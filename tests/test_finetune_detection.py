@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_config
 from transformers import ViTImageProcessor
@@ -194,6 +196,27 @@ def test_other_annotations_of_as_many_images_are_refused_when_going_on(shapes, t
     assert run_script(*again, "--train-annotations", moved) == 0
 
 
+def test_images_that_do_not_fit_their_annotations_or_cannot_be_measured_on_lose_nothing(shapes, tmp_path, capsys):
+    data = shutil.copytree(shapes, tmp_path / "shapes")
+    first, cut = sorted((data / "train" / "images").iterdir())[0], sorted((data / "validation" / "images").iterdir())[0]
+    Image.new("RGB", (20, 10)).save(first)
+    content = cut.read_bytes()
+    flags = [*given(data), *TINY, "--validate-every", 0, "--batch-size", 3]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert run_script("--output-dir", whole, *flags, "--max-bad-share", 0.2) == 0
+    assert f"Bad image {first}: has 10 x 20 pixels, its annotations (image id" in capsys.readouterr().err
+
+    cut.write_bytes(content[: len(content) // 2])  # its head is whole
+    assert run_script("--output-dir", run, *flags, "--max-bad-share", 0.2) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "stopped" in line]
+    assert re.search(rf"stopped: image {cut}: .*truncated.*; whole checkpoints are in {run / 'checkpoints'}", line)
+    cut.write_bytes(content)
+    assert run_script("--output-dir", run, "--resume", "auto") == 0
+    left, right = (load_file(folder / "model.safetensors") for folder in (whole, run))
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    assert without_speed(read_log(whole)) == without_speed(read_log(run))
+
+
 def test_a_signal_ends_a_run_within_an_epoch_and_it_goes_on_exactly(shapes, tmp_path, capsys, monkeypatch):
     flags = [*given(shapes), *TINY, "--batch-size", 2, "--drop-path-rate", 0.3, "--log-every", 1]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -291,7 +314,7 @@ def test_a_broken_image_is_named_and_passed_over(tmp_path, capsys):
     assert any((tmp_path / "stopped" / "checkpoints").iterdir())
 
 
-def test_an_image_that_is_not_the_annotated_one_ends_the_run_in_one_line(tmp_path, capsys):
+def test_too_many_images_that_are_not_the_annotated_ones_end_the_run_in_one_line(tmp_path, capsys):
     for seed, name in enumerate(("train", "validation")):
         write_coco_shapes(tmp_path / name, load_photographs(PHOTOS), 5, seed, sides=(48, 72))
     path = tmp_path / "train/annotations.json"
@@ -303,14 +326,18 @@ def test_an_image_that_is_not_the_annotated_one_ends_the_run_in_one_line(tmp_pat
     assert run_script(*given(tmp_path), *TINY, *flags) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("finetune_detection.py")]
     assert len(lines) == 1
-    assert "000002.png has" in lines[0]
+    assert "1 bad images in epoch 1, and max_bad_share 0.01 allows 0 of its 4; they are listed in" in lines[0]
+    assert "000002.png" in (tmp_path / "run" / "bad_images.jsonl").read_text()
 
 
-def bad_annotation(shapes, tmp_path):
+def bad_annotations(shapes, tmp_path):
+    """One file with a category that does not exist, and one without objects."""
     content = json.loads((shapes / "train/annotations.json").read_text())
     content["annotations"][3]["category_id"] = 9
     (tmp_path / "bad.json").write_text(json.dumps(content))
-    return tmp_path / "bad.json"
+    content = json.loads((shapes / "validation/annotations.json").read_text())
+    (tmp_path / "empty.json").write_text(json.dumps(content | {"annotations": []}))
+    return {name: tmp_path / f"{name}.json" for name in ("bad", "empty")}
 
 
 WRONG_INPUT = {
@@ -321,6 +348,11 @@ WRONG_INPUT = {
     ),
     "images": ("--train-images {shapes}/validation/images", "images of"),
     "no validation": ("ONLY --train-annotations {shapes}/train/annotations.json", "--validation-annotations"),
+    "nothing to measure on": (
+        "--validation-annotations {empty} --validation-images {shapes}/validation/images",
+        "empty.json annotates no objects to measure on",
+    ),
+    "validation images": ("--validation-images {shapes}/train/images", "its annotations (image id"),
     "no training": ("ONLY --validation-annotations {shapes}/validation/annotations.json", "--train-annotations"),
     "photographs": ("ONLY --photographs {shapes}/train", "holds no images to draw on"),
     "anchors": ("--anchor-sizes 8 16", "anchor_sizes [8, 16] must have 4 sizes"),
@@ -347,7 +379,7 @@ WRONG_INPUT = {
 def test_wrong_input_is_one_line_and_exit_code_2_and_writes_nothing(shapes, tmp_path, capfd, flags, message):
     folder = tmp_path / "empty"
     folder.mkdir()
-    words = flags.format(shapes=shapes, bad=bad_annotation(shapes, tmp_path)).split()
+    words = flags.format(shapes=shapes, **bad_annotations(shapes, tmp_path)).split()
     first = [*([] if words[0] == "ONLY" else given(shapes)), *TINY]
     first += [] if "--output-dir" in words else ["--output-dir", folder / "run"]
     with pytest.raises(SystemExit) as stopped:
