@@ -39,11 +39,13 @@ from green_swin_hf.finetuning import (
     build_classifier,
     build_processor,
     build_transforms,
+    check_readable,
     complete_recipe,
     split_off,
 )
 from green_swin_hf.finetuning_recipe import FinetuningRecipe
 from green_swin_hf.hub_upload import add_hub_flags, open_hub
+from green_swin_hf.image_decoding import BrokenDataError
 from green_swin_hf.labelled_images import LabelledDataset, LabelledImages, label_budget, load_labelled_images
 from green_swin_hf.optimization import build_optimizer, cosine_schedule, scaled_learning_rate
 from green_swin_hf.pretrained_start import load_for_finetuning
@@ -57,11 +59,17 @@ from green_swin_hf.run_setup import (
     run_parser,
     set_up_process,
 )
-from green_swin_hf.trainer_runs import TRAINER_FORMAT, TrainerProgress, read_trainer_recipe, train
+from green_swin_hf.trainer_runs import (
+    TRAINER_FORMAT,
+    TrainerProgress,
+    check_facts,
+    describe_stop,
+    read_trainer_recipe,
+    train,
+)
 from green_swin_hf.training import (
     check_tracker,
     count_updates,
-    last_line,
     one_line_errors,
 )
 
@@ -96,6 +104,8 @@ def main(argv: list[str] | None = None) -> int:
         # Data, then the model, which says what the recipe leaves open: size, channels and statistics of images
         splits = open_data(recipe)
         names = splits.train.class_names
+        facts = describe_training_data(splits.train)
+        check_facts(checkpoint, recipe, facts)
         set_seed(recipe.seed)
         model: Any = load_for_finetuning(str(checkpoint), names) if checkpoint else build_classifier(recipe, names)
         recipe = complete_recipe(recipe, model.config)
@@ -106,6 +116,7 @@ def main(argv: list[str] | None = None) -> int:
             LabelledDataset(part, unchanged, cache_bytes=cache) if part else None
             for part in (splits.validation, splits.test)
         )
+        check_readable({"training": training_images, "validation": validation, "test": test})
         collator = MixingCollator(
             len(names), mixup=recipe.mixup, cutmix=recipe.cutmix, label_smoothing=recipe.label_smoothing
         )
@@ -140,12 +151,13 @@ def main(argv: list[str] | None = None) -> int:
         eval_dataset=validation,
         compute_metrics=metric,
         optimizers=(optimizer, scheduler),
+        facts=facts,
     )
     progress = TrainerProgress(describe_evaluation, stop_after)
     progress.attach(trainer)
-    if state.is_main_process:
-        save_recipe(recipe, output / "recipe.yaml")
     with one_line_errors("finetune.py"):
+        if state.is_main_process:
+            save_recipe(recipe, output / "recipe.yaml")
         record = RunRecord(
             output, "classification", "finetune.py", is_resumed=checkpoint is not None, device=settings.device,
             precision=precision, track_energy=arguments.track_energy,
@@ -153,20 +165,24 @@ def main(argv: list[str] | None = None) -> int:
         if not checkpoint:  # later the folder may be gone
             record.note(start_from=describe_start(None if recipe.from_scratch else recipe.model))
     print_heading(state, recipe, model, splits, settings, total_updates, peak, warmup, output, checkpoint)
+    is_saved = False
     try:
         train(trainer, checkpoint, progress)
         if trainer.state.global_step < total_updates:
             record.stop()
             return stopped_early(state, trainer, output, progress.stop_reason)
 
-        # Measure the model that was kept, and leave the results
+        # Leave the model that was kept, before images that cannot be read may end its measurement; then the results
+        written = save_model(state, trainer, recipe, output)
+        is_saved = True
         measured = {"validation": measure(trainer, validation), "test": measure(trainer, test)}
         results = collect_results(recipe, splits, trainer, measured, updates_per_epoch, time.monotonic() - started)
-        written = save_results(state, trainer, recipe, output, results, test or validation)
+        written = sorted([*written, *save_results(state, trainer, recipe, output, results, test or validation)])
         record.stop(**recorded_facts(recipe, splits, model, results, images_per_update, updates_per_epoch, peak))
-    except OSError as error:  # the disk is full or gone
+    except (BrokenDataError, OSError) as error:  # OSError: the disk is full or gone
+        progress.close()
         record.stop()
-        return fail(state, f"stopped: {last_line(error)}; whole checkpoints are in {output / 'checkpoints'}")
+        return fail(describe_stop(error, output, state.num_processes, is_saved=is_saved))
     print_results(state, results, splits, output, written)
     uploaded = (
         not hub_id
@@ -291,6 +307,15 @@ def open_data(recipe: FinetuningRecipe) -> Splits:
     return Splits(train, validation, validated_on, test)
 
 
+def describe_training_data(images: LabelledImages) -> dict[str, Any]:
+    """What must not change when the run is gone on with, wherever the images lie by then."""
+    return {
+        "class_names": list(images.class_names),
+        "num_images": len(images),
+        "data_fingerprint": images.fingerprint(),
+    }
+
+
 def load_metric(state: PartialState) -> Callable[[Any], dict[str, float]]:
     """What `Trainer` measures beside the loss: top-1 accuracy, and top-5 with more than five classes."""
     with state.main_process_first():  # it is copied to the cache of modules
@@ -388,6 +413,20 @@ def recorded_facts(
     }
 
 
+def save_model(
+    state: PartialState, trainer: ClassificationTrainer, recipe: FinetuningRecipe, output: Path
+) -> list[str]:
+    """Write model and processor; returns the names of their files."""
+
+    def write(folder: Path) -> None:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
+        build_processor(recipe).save_pretrained(folder)
+
+    names = replace_files(output, write) if state.is_main_process else []
+    state.wait_for_everyone()
+    return names
+
+
 def save_results(
     state: PartialState,
     trainer: ClassificationTrainer,
@@ -396,22 +435,20 @@ def save_results(
     results: dict[str, Any],
     pictured: LabelledDataset | None,
 ) -> list[str]:
-    """Write model, processor, metrics and pictures; returns the names of all files that belong to the result."""
+    """Write what belongs to the result beside the model: metrics, log and pictures; returns the names of the files."""
     names: list[str] = []
     if state.is_main_process:
-        names = replace_files(output, functools.partial(save_model, trainer, recipe, results))
+        names = replace_files(output, functools.partial(write_metrics, trainer, results))
         draw_curves(trainer, results, output)
         names += ["training_curve.png", "recipe.yaml", RECORD_FILE]
         if pictured:
             draw_predictions(recipe, pictured, results, output)
             names.append("predictions.png")
     state.wait_for_everyone()
-    return sorted(names)
+    return names
 
 
-def save_model(trainer: ClassificationTrainer, recipe: FinetuningRecipe, results: dict[str, Any], folder: Path) -> None:
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
-    build_processor(recipe).save_pretrained(folder)
+def write_metrics(trainer: ClassificationTrainer, results: dict[str, Any], folder: Path) -> None:
     splits = {name: _without_logits(results[name]) for name in ("validation", "test")}
     (folder / "metrics.json").write_text(json.dumps({**results, **splits}, indent=1) + "\n")
     lines = [json.dumps(entry) for entry in trainer.state.log_history]
@@ -530,9 +567,9 @@ def stopped_early(state: PartialState, trainer: ClassificationTrainer, output: P
     return 0
 
 
-def fail(state: PartialState, message: str) -> int:
-    if state.is_main_process:
-        print(f"finetune.py: {message}", file=sys.stderr)
+def fail(message: str) -> int:
+    """Said by any process: an image that cannot be read is the matter of the one that reads it."""
+    print(f"finetune.py: {message}", file=sys.stderr)
     return 1
 
 

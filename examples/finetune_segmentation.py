@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     SegformerImageProcessor,
     TrainingArguments,
@@ -67,12 +67,15 @@ from green_swin_hf.segmentation_data import (
     write_drawn_segmentation,
 )
 from green_swin_hf.segmentation_recipe import SegmentationRecipe
-from green_swin_hf.trainer_runs import TRAINER_FORMAT, TrainerProgress, read_trainer_recipe, train
-from green_swin_hf.training import (
-    check_tracker,
-    last_line,
-    one_line_errors,
+from green_swin_hf.trainer_runs import (
+    TRAINER_FORMAT,
+    TrainerProgress,
+    check_facts,
+    describe_stop,
+    read_trainer_recipe,
+    train,
 )
+from green_swin_hf.training import check_tracker, one_line_errors
 
 DEFAULT_RECIPE = Path(__file__).resolve().parent / "recipes" / "segmentation" / "drawn_shapes_tiny.yaml"
 DEFAULT_OUTPUT = Path("outputs/finetune_segmentation")
@@ -93,16 +96,23 @@ def main(argv: list[str] | None = None) -> int:
         trainer_options = training_arguments(recipe, precision, output, arguments.report_to)
         set_seed(recipe.seed)
         model = build_model(recipe, class_names)
-        if recipe.data is None:
-            with trainer_options.main_process_first():
-                draw_data(recipe, output / DRAWN_FOLDER)
-        splits = open_splits(recipe, output)
-        processor = build_processor(recipe)
-        data = build_datasets(recipe, splits, processor, len(class_names))
-        pixels = check_data(data)
+        processor, drawn = build_processor(recipe), output / DRAWN_FOLDER
+        given = open_data(recipe, recipe.data, processor, class_names) if recipe.data else None  # None: drawn shapes
+        photographs = None if given else open_photographs(recipe, drawn)
+        facts = describe_training_data(recipe, class_names, given[0]["train"].source if given else None)
+        check_facts(checkpoint, recipe, facts)
         hub_id = open_hub(arguments, output)
 
     # From here on files are written.
+    is_main = process_state().is_main_process
+    with one_line_errors("finetune_segmentation.py"):
+        if is_main:
+            output.mkdir(parents=True, exist_ok=True)
+            save_recipe(recipe, output / "recipe.yaml")  # first, so that a run that is stopped while it draws goes on
+        if given is None:
+            with trainer_options.main_process_first():
+                draw_data(recipe, drawn, photographs)
+        data, pixels = given or open_data(recipe, str(drawn), processor, class_names)
     counter, progress = PixelCounter(), TrainerProgress(describe_evaluation, arguments.stop_after)
     trainer = SegmentationTrainer(
         model,
@@ -114,12 +124,10 @@ def main(argv: list[str] | None = None) -> int:
             build_optimizer(model, recipe.learning_rate, weight_decay=recipe.weight_decay, betas=recipe.betas),
             None,
         ),
+        facts=facts,
     )
     progress.attach(trainer)
-    is_main = trainer.is_world_process_zero()
     if is_main:
-        output.mkdir(parents=True, exist_ok=True)
-        save_recipe(recipe, output / "recipe.yaml")
         print_heading(recipe, model, data, class_names, output, trainer_options, checkpoint)
     with one_line_errors("finetune_segmentation.py"):
         record = RunRecord(
@@ -130,22 +138,26 @@ def main(argv: list[str] | None = None) -> int:
             record.note(start_from=describe_start(recipe.init_from))
 
     # Train; at the end the weights of the best evaluation are put back
+    is_saved = False
     try:
         train(trainer, checkpoint, progress)
-    except (ValueError, OSError) as error:  # a bad mask, a full disk
+        if trainer.state.global_step < recipe.max_steps:
+            record.stop()
+            return stopped_early(trainer, output, is_main, progress.stop_reason)
+
+        # Leave the model, before an image that cannot be read may end its measurement; then the results
+        names = save_model(output, trainer, processor) if is_main else []
+        is_saved = True
+        baselines = {name: commonest_class_scores(counts) for name, counts in pixels.items()}
+        metrics = measure(trainer, counter, data, class_names, baselines)
+        if is_main:
+            names = sorted([*names, *save_results(output, trainer, data, metrics, class_names)])
+            record.stop(**recorded_facts(recipe, trainer, data, metrics, class_names))
+    except (ValueError, OSError) as error:  # a bad image or mask, a full disk
         progress.close()
         record.stop()
-        return stopped(error, output, is_main)
-    if trainer.state.global_step < recipe.max_steps:
-        record.stop()
-        return stopped_early(trainer, output, is_main, progress.stop_reason)
-
-    # Measure and leave the results
-    baselines = {name: commonest_class_scores(counts) for name, counts in pixels.items()}
-    metrics = measure(trainer, counter, data, class_names, baselines)
+        return fail(describe_stop(error, output, trainer.args.world_size, is_saved=is_saved))
     if is_main:
-        names = save_results(output, trainer, processor, data, metrics, class_names)
-        record.stop(**recorded_facts(recipe, trainer, data, metrics, class_names))
         print_results(output, names, metrics, class_names, time.monotonic() - started, recipe)
     uploaded = (
         not hub_id
@@ -172,20 +184,42 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
 def open_recipe(arguments: Namespace, output: Path, checkpoint: Path | None) -> SegmentationRecipe:
     """The recipe of the run, which goes on with the settings that it had."""
     recipe = read_trainer_recipe(arguments, SegmentationRecipe, output, DEFAULT_RECIPE, checkpoint)
-    if recipe.data is None and recipe.batch_size * recipe.gradient_accumulation_steps > recipe.drawn_images:
-        raise ValueError(f"batch_size {recipe.batch_size} must not exceed drawn_images {recipe.drawn_images}")
+    if recipe.data is None:
+        check_batch(recipe, recipe.drawn_images, f"drawn_images {recipe.drawn_images}")
     return recipe
 
 
+def check_batch(recipe: SegmentationRecipe, num_images: int, limit: str) -> None:
+    """Raise a `ValueError` where an update takes more images than there are, which the message calls `limit`."""
+    needed = recipe.batch_size * recipe.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+    if needed > num_images:
+        raise ValueError(
+            f"batch_size {recipe.batch_size} ({needed} images for an update) must not exceed {limit}; give a smaller "
+            "--batch-size or --gradient-accumulation-steps"
+        )
+
+
 def find_class_names(recipe: SegmentationRecipe) -> tuple[str, ...]:
+    if recipe.data is None:
+        return find_drawn_names(recipe)
     if recipe.class_names:
         return read_class_names(recipe.class_names)
-    if recipe.data is None:
-        return DRAWN_CLASSES
     beside = Path(recipe.data).expanduser() / CLASS_NAMES_FILE
     if beside.is_file():
         return read_class_names(beside)
     raise ValueError(f"the classes of {recipe.data} have no names; give a JSON list of them: --class-names FILE")
+
+
+def find_drawn_names(recipe: SegmentationRecipe) -> tuple[str, ...]:
+    """Names of the classes of drawn shapes, as many as their masks have."""
+    names = read_class_names(recipe.class_names) if recipe.class_names else DRAWN_CLASSES
+    needed = len(DRAWN_CLASSES) - recipe.reduce_labels
+    if len(names) < needed:
+        raise ValueError(
+            f"class names {recipe.class_names} are {len(names)}, and the drawn shapes have {needed} classes; leave out "
+            "--class-names, or give --data"
+        )
+    return names
 
 
 def training_arguments(recipe: SegmentationRecipe, precision: str, output: Path, report_to: str) -> TrainingArguments:
@@ -227,26 +261,53 @@ def training_arguments(recipe: SegmentationRecipe, precision: str, output: Path,
 # Data
 
 
-def draw_data(recipe: SegmentationRecipe, folder: Path) -> None:
-    """Draw the three splits, if a resumed run has not done so: other shapes on other parts of the same photographs."""
-    if folder.is_dir():
-        return
+def open_photographs(recipe: SegmentationRecipe, drawn: Path) -> list[Tensor] | None:
+    """Photographs to draw on; None where a run that is gone on with has drawn."""
+    if drawn.is_dir():
+        return None
     if not recipe.photographs:
         raise ValueError("no data given; name a folder with train/images and train/masks: --data FOLDER")
-    photos = load_photographs(recipe.photographs)
+    return load_photographs(recipe.photographs)
+
+
+def draw_data(recipe: SegmentationRecipe, folder: Path, photographs: list[Tensor] | None) -> None:
+    """Draw the three splits, if a resumed run has not done so: other shapes on other parts of the same photographs."""
+    if photographs is None or folder.is_dir():  # by then the first process has drawn
+        return
     held_out = max(10, recipe.drawn_images // 8)
     counts = {"train": recipe.drawn_images, "validation": held_out, "test": held_out}
     partial = folder.with_name(f"{folder.name}.partial")
     for number, (split, count) in enumerate(counts.items()):
         seed = 10 * recipe.seed + number
-        write_drawn_segmentation(partial / split, photos, count, seed, radii=recipe.drawn_radii)
+        write_drawn_segmentation(partial / split, photographs, count, seed, radii=recipe.drawn_radii)
     (partial / CLASS_NAMES_FILE).write_text(json.dumps(DRAWN_CLASSES))
     partial.rename(folder)
 
 
-def open_splits(recipe: SegmentationRecipe, output: Path) -> dict[str, ImagesWithMasks]:
+def open_data(
+    recipe: SegmentationRecipe, source: str, processor: SegformerImageProcessor, class_names: tuple[str, ...]
+) -> tuple[dict[str, SegmentationDataset], dict[str, Tensor]]:
+    """The splits, looked into, and the pixels of each class in those that are measured on."""
+    data = build_datasets(recipe, open_splits(recipe, source), processor, len(class_names))
+    return data, check_data(data)
+
+
+def describe_training_data(
+    recipe: SegmentationRecipe, class_names: tuple[str, ...], images: ImagesWithMasks | None
+) -> dict[str, Any]:
+    """What must not change when the run is gone on with, wherever the images lie by then.
+
+    Of shapes that are drawn (no `images`) the recipe says the rest: they stay in the output folder.
+    """
+    return {
+        "class_names": list(class_names),
+        "num_images": len(images) if images else recipe.drawn_images,
+        "data_fingerprint": images.fingerprint() if images else None,
+    }
+
+
+def open_splits(recipe: SegmentationRecipe, source: str) -> dict[str, ImagesWithMasks]:
     """Images to train on, to choose the best weights on, and (maybe) to measure them on."""
-    source = recipe.data or str(output / DRAWN_FOLDER)
     load = functools.partial(
         load_images_with_masks,
         source,
@@ -266,12 +327,7 @@ def open_splits(recipe: SegmentationRecipe, output: Path) -> dict[str, ImagesWit
     for name, split in splits.items():
         if len(split) == 0:
             raise ValueError(f"the {name} split {split.name} is empty; name another one with --{name}-split")
-    needed = recipe.batch_size * recipe.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
-    if len(splits["train"]) < needed:
-        raise ValueError(
-            f"batch_size {recipe.batch_size} ({needed} images for an update) must not exceed the "
-            f"{len(splits['train'])} training images"
-        )
+    check_batch(recipe, len(splits["train"]), f"the {len(splits['train'])} training images")
     return splits
 
 
@@ -321,7 +377,9 @@ def build_datasets(
 
 
 def check_data(data: dict[str, SegmentationDataset]) -> dict[str, torch.Tensor]:
-    """Read masks of every split; returns the pixels of each class in those that are measured on."""
+    """Read masks and an image of every split; returns the pixels of each class in those that are measured on."""
+    for dataset in data.values():
+        dataset.read(0)  # of the other images only the heads are read
     steps = {name: max(1, len(data[name]) // CHECKED_MASKS) if name == "train" else 1 for name in data}
     counts = {name: dataset.check(range(0, len(dataset), steps[name])) for name, dataset in data.items()}
     for name, pixels in counts.items():
@@ -374,11 +432,9 @@ def stopped_early(trainer: SegmentationTrainer, output: Path, is_main: bool, rea
     return 0
 
 
-def stopped(error: Exception, output: Path, is_main: bool) -> int:
-    """What a worker process raised arrives with its traceback: the last line says what it was."""
-    if is_main:
-        command = how_to_go_on(output, int(os.environ.get("WORLD_SIZE", "1")))
-        print(f"finetune_segmentation.py: stopped: {last_line(error)}; go on with: {command}", file=sys.stderr)
+def fail(message: str) -> int:
+    """Said by any process: an image that cannot be read is the matter of the one that reads it."""
+    print(f"finetune_segmentation.py: {message}", file=sys.stderr)
     return 1
 
 
@@ -403,15 +459,25 @@ def measure(
     return {"best_update": int(best.rsplit("-", 1)[1]) if best else trainer.state.global_step, **metrics}
 
 
+def save_model(output: Path, trainer: SegmentationTrainer, processor: SegformerImageProcessor) -> list[str]:
+    """Write model and processor; returns the names of their files."""
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    return replace_files(output, write)
+
+
 def save_results(
     output: Path,
     trainer: SegmentationTrainer,
-    processor: SegformerImageProcessor,
     data: dict[str, SegmentationDataset],
     metrics: dict[str, Any],
     class_names: tuple[str, ...],
 ) -> list[str]:
-    """Write model, processor, metrics, log and pictures; returns their names."""
+    """Write what belongs to the result beside the model: metrics, log and pictures; returns the names of the files."""
     from green_swin_hf.segmentation_pictures import prediction_figure, segmentation_curve
     from green_swin_hf.visualization import save_figure
 
@@ -420,15 +486,13 @@ def save_results(
     triples = predict(model, data[measured], NUM_PICTURES)
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
         (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
         baseline = metrics["validation"]["commonest_class"]["mean_iou"]
         save_figure(segmentation_curve(trainer.state.log_history, baseline=baseline), folder / "curve.png")
         save_figure(prediction_figure(triples, class_names), folder / "predictions.png")
 
-    return sorted([*replace_files(output, write), "recipe.yaml", RECORD_FILE])
+    return [*replace_files(output, write), "recipe.yaml", RECORD_FILE]
 
 
 def recorded_facts(

@@ -31,7 +31,7 @@ from .feature_probes import (
 from .image_decoding import ColorMode
 from .image_sources import looks_local
 from .modeling_green_swin import GreenSwinForImageClassification, GreenSwinModel
-from .pretrained_start import quiet_transformers
+from .pretrained_start import check_model_type, quiet_transformers
 
 RAW_PIXELS, RANDOM_ENCODER, MODEL = "raw pixels", "random encoder", "model"
 
@@ -73,8 +73,7 @@ def read_config(folder: str) -> PretrainedConfig:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of files, of the network, and of configurations that contradict themselves
         raise ValueError(f"model {folder} cannot be read: {_one_line(error)}") from None
-    if config.model_type not in ("green_swin", "swin"):
-        raise ValueError(f"model {folder} is a {config.model_type}; give the folder of a GreenSwin or a Swin")
+    check_model_type(config.model_type, f"model {folder}")
     return config
 
 

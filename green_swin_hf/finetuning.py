@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +12,18 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
 from torchvision.transforms import v2
-from transformers import AutoImageProcessor, Trainer, ViTImageProcessor
+from transformers import AutoImageProcessor, ViTImageProcessor
 
 from .augmentation import FinetuningTransform, stack_samples
 from .configuration_green_swin import GreenSwinConfig, as_pair
 from .data import EpochSampler, EvaluationTransform
 from .finetuning_recipe import NO_MODEL, FinetuningRecipe
+from .image_decoding import BrokenDataError
 from .image_processing_green_swin import GreenSwinImageProcessor
-from .labelled_images import LabelledImages, label_budget
+from .labelled_images import LabelledDataset, LabelledImages, label_budget
 from .modeling_green_swin import GreenSwinForImageClassification
 from .pretrained_start import class_entries, load_for_finetuning, quiet_transformers
+from .trainer_runs import ResumableTrainer
 
 
 def build_classifier(recipe: FinetuningRecipe, class_names: Sequence[str]) -> GreenSwinForImageClassification:
@@ -171,10 +173,27 @@ def split_off(images: LabelledImages, share: float, seed: int) -> tuple[Labelled
     return train, images.select(held)
 
 
+def check_readable(parts: Mapping[str, LabelledDataset | None]) -> None:
+    """Decode the first image of each part of the data, or the first after it that can be, to see that one can.
+
+    Args:
+        parts: by their names; None for one that there is not.
+
+    Raises:
+        ValueError: no image of a part can be decoded, or too many in a row.
+    """
+    for name, part in parts.items():
+        try:
+            if part is not None:
+                part[0]
+        except BrokenDataError as error:
+            raise ValueError(f"{name} images: {error}") from None
+
+
 # Training
 
 
-class ClassificationTrainer(Trainer):
+class ClassificationTrainer(ResumableTrainer):
     """`Trainer` whose loss takes classes and distributions over them, and whose order of images is its own.
 
     Labels never reach the model: it would take a distribution for several labels at once. Loss and gradients are means
@@ -232,6 +251,7 @@ __all__ = [
     "build_classifier",
     "build_processor",
     "build_transforms",
+    "check_readable",
     "complete_recipe",
     "split_off",
 ]

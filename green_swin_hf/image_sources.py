@@ -63,18 +63,31 @@ class ImageSource:
         return replace(self, dataset=dataset, num_images=len(dataset), rows=kept)
 
     def fingerprint(self) -> str | None:
-        """Twelve letters that other images hardly share, wherever the files lie; `None` for a stream.
+        """Twelve hexadecimal digits that other images hardly share, wherever the files lie; `None` for a stream.
 
         They follow from the number of images and from the first bytes of a sample of them.
         """
-        if self.num_images is None:
-            return None
-        digest = hashlib.sha256(str(self.num_images).encode())
-        images = self.dataset.select_columns([self.image_column])  # nothing else is read
-        count = min(_FINGERPRINT_IMAGES, self.num_images)
-        for place in range(count):
-            digest.update(_first_bytes(images[place * self.num_images // count][self.image_column] or {}))
-        return digest.hexdigest()[:12]
+        return None if self.num_images is None else sample_fingerprint(self.dataset, [self.image_column])
+
+
+def sample_fingerprint(dataset: Any, columns: Sequence[str], beside: bytes = b"") -> str:
+    """Twelve hexadecimal digits from the number of rows, the first bytes of the files of a sample of them, and `beside`.
+
+    Args:
+        dataset: map-style.
+        columns: give undecoded records `{"bytes", "path"}`; no other column is read.
+        beside: what else tells the data from others, such as all labels.
+    """
+    num_rows = len(dataset)
+    digest = hashlib.sha256(str(num_rows).encode())
+    files = dataset.select_columns(list(columns))
+    count = min(_FINGERPRINT_IMAGES, num_rows)
+    for place in range(count):
+        row = files[place * num_rows // count]
+        for column in columns:
+            digest.update(_first_bytes(row[column] or {}))
+    digest.update(beside)
+    return digest.hexdigest()[:12]
 
 
 def _first_bytes(record: Mapping[str, Any]) -> bytes:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .data import EvaluationTransform, PretrainingImages, PretrainingTransform, mix_seed, seeded_generator
-from .image_sources import SPLIT_FOLDERS, ImageSource, load_images
+from .image_sources import SPLIT_FOLDERS, ImageSource, load_images, sample_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,10 @@ class LabelledImages:
     def select(self, rows: Sequence[int]) -> LabelledImages:
         """These rows alone, in this order, with the same classes."""
         return replace(self, source=self.source.select(rows))
+
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that other images, or the same ones with other labels, hardly share, wherever they lie."""
+        return sample_fingerprint(self.source.dataset, [self.source.image_column], self.labels.numpy().tobytes())
 
 
 def load_labelled_images(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from .configuration_green_swin import GreenSwinConfig
@@ -18,6 +19,8 @@ from .modeling_green_swin import (
     GreenSwinForImageClassification,
     GreenSwinForMaskedImageModeling,
 )
+
+_SWIN_TYPES = ("green_swin", "swin")  # `model_type` of the configurations with an encoder to start from
 
 
 def load_for_continued_training(
@@ -110,6 +113,17 @@ def class_entries(class_names: Sequence[str]) -> dict[str, Any]:
     return {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
 
 
+def check_model_type(model_type: str, title: str) -> None:
+    """Raise a `ValueError` for a model that is neither a GreenSwin nor a stock Swin.
+
+    Args:
+        model_type: as the configuration has it.
+        title: what the message calls the folder, such as "--model FOLDER".
+    """
+    if model_type not in _SWIN_TYPES:
+        raise ValueError(f"{title} is a {model_type}; give the folder of a GreenSwin or a Swin")
+
+
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Within it transformers reports errors only."""
@@ -128,9 +142,21 @@ def _load(
     name = os.fspath(folder)
     if looks_local(name) and not Path(name).exists():
         raise ValueError(f"{flag} does not exist; give a folder with a model, or a name on the Hub{otherwise}")
+    with _loading(flag):
+        content, _ = PretrainedConfig.get_config_dict(name)
+        model_type = content.get("model_type")
+    if model_type is not None:  # what has weights and no configuration shows by the names of the weights
+        check_model_type(model_type, flag)
+    with _loading(flag):
+        loaded = kind.from_pretrained(name, output_loading_info=True, **options())
+    return loaded
+
+
+@contextlib.contextmanager
+def _loading(flag: str) -> Iterator[None]:
     try:
         with quiet_transformers():
-            return kind.from_pretrained(name, output_loading_info=True, **options())
+            yield
     except Exception as error:  # readers of files that are no weights raise what they like
         raise ValueError(f"{flag} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
 
@@ -149,6 +175,7 @@ def _class_names(config: GreenSwinConfig) -> tuple[str, ...]:
 
 
 __all__ = [
+    "check_model_type",
     "class_entries",
     "load_backbone",
     "load_for_continued_training",

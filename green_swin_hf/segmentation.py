@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 from torch.utils.data import Sampler
 from torchmetrics.functional.classification import multiclass_confusion_matrix
-from transformers import EvalPrediction, Trainer, UperNetConfig, UperNetForSemanticSegmentation
+from transformers import EvalPrediction, UperNetConfig, UperNetForSemanticSegmentation
 
 from .data import EpochSampler
 from .modeling_green_swin import GreenSwinBackbone
 from .segmentation_data import IGNORED_LABEL
+from .trainer_runs import ResumableTrainer
 
 _AUXILIARY_STAGE = 3  # UperNet's auxiliary head reads the third feature map
 
@@ -118,7 +119,7 @@ class PixelCounter:
         return {name: self.scores[name] for name in ("mean_iou", "pixel_accuracy")}
 
 
-class SegmentationTrainer(Trainer):
+class SegmentationTrainer(ResumableTrainer):
     """`Trainer` for models of semantic segmentation.
 
     - Evaluation takes images one by one, whole, at sizes of their own; predictions are judged at the size of the
@@ -134,12 +135,6 @@ class SegmentationTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return EpochSampler(cast(Any, train_dataset or self.train_dataset), seed=self.args.seed)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        try:
-            super()._save_checkpoint(model, trial)
-        except Exception as error:  # writers of tensors raise their own kinds when the disk is full
-            raise OSError(f"checkpoint {self.state.global_step} cannot be written: {error}") from error
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

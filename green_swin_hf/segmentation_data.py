@@ -27,7 +27,7 @@ from transformers import SegformerImageProcessor
 from .data import mix_seed
 from .drawn_shapes import SHAPE_NAMES, draw_shapes_image
 from .image_decoding import CorruptImageError, decode_image, open_image, reason_of, turn_upright, upright_size
-from .image_sources import ENCODED_DTYPES, IMAGE_EXTENSIONS, SPLIT_FOLDERS, load_images
+from .image_sources import ENCODED_DTYPES, IMAGE_EXTENSIONS, SPLIT_FOLDERS, load_images, sample_fingerprint
 
 IGNORED_LABEL = 255
 IMAGE_FOLDERS = ("images",)
@@ -67,6 +67,10 @@ class ImagesWithMasks:
     def select(self, rows: Sequence[int]) -> ImagesWithMasks:
         """Some of the rows, in the order given."""
         return ImagesWithMasks(self.dataset.select(rows), self.image_column, self.mask_column, self.name)
+
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that other images or other masks hardly share, wherever they lie."""
+        return sample_fingerprint(self.dataset, [self.image_column, self.mask_column])
 
 
 def load_images_with_masks(

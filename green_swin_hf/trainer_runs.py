@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
 
-from .checkpointing import CHECKSUMS, CheckpointFormat, find_wrong_file, load_weights, write_checksums
-from .recipe_files import RecipeT, load_recipe
-from .run_setup import RECIPE_FILE, check_changes, process_state, progress_bar, read_recipe
+from .checkpointing import (
+    CHECKSUMS,
+    CheckpointFormat,
+    find_wrong_file,
+    load_weights,
+    newest_checkpoint,
+    write_checksums,
+)
+from .recipe_files import RecipeFile, RecipeT, load_recipe
+from .run_setup import RECIPE_FILE, check_changes, how_to_go_on, process_state, progress_bar, read_recipe
 from .stop_signals import StopSignals
+from .training import last_line
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _FILES = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt")
+_FACTS = "data_facts.json"  # in a checkpoint: what its run was trained on
 
 
 def list_trainer_checkpoints(folder: Path) -> list[Path]:
@@ -65,6 +77,70 @@ def read_trainer_recipe(
     facts = {"num_processes": (count_processes(checkpoint), process_state().num_processes)} if checkpoint else {}
     check_changes(before, recipe, facts)
     return recipe
+
+
+def check_facts(checkpoint: Path | None, recipe: RecipeFile, facts: Mapping[str, Any]) -> None:
+    """Refuse to go on from a checkpoint of `ResumableTrainer` with other data than it was trained on.
+
+    Args:
+        checkpoint: None for a new run. One without facts, as earlier versions wrote them, is taken as it is.
+        recipe: of the run.
+        facts: of the data now, for `ResumableTrainer`.
+
+    Raises:
+        ValueError: they differ from those of the checkpoint, or these cannot be read.
+    """
+    if checkpoint is None or not (checkpoint / _FACTS).is_file():
+        return
+    try:
+        before = dict(json.loads((checkpoint / _FACTS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{checkpoint / _FACTS} cannot be read: {error}; go on from another checkpoint, or start a new run"
+        ) from None
+    pairs = {name: (before.get(name, value), value) for name, value in facts.items() if name != "class_names"}
+    names = list(facts["class_names"])
+    check_changes(recipe, recipe, {**_class_changes(before.get("class_names", names), names), **pairs})
+
+
+def _class_changes(before: Sequence[str], now: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+    """What differs in the names of classes, of which there may be thousands: their number, or the first other name.
+
+    >>> _class_changes(["cat", "dog"], ["cat", "fox"])
+    {'class 1': ('dog', 'fox')}
+    """
+    if len(before) != len(now):
+        return {"num_classes": (len(before), len(now))}
+    differing = (number for number, (old, new) in enumerate(zip(before, now, strict=True)) if old != new)
+    return {f"class {number}": (before[number], now[number]) for number in list(differing)[:1]}
+
+
+class ResumableTrainer(Trainer):
+    """`Trainer` whose checkpoints say what they were trained on, and which says so when one cannot be written.
+
+    Args:
+        facts: of the data, as JSON holds them, that stay what they are when the run is gone on with: `class_names`,
+            and others by their names.
+    """
+
+    def __init__(self, *arguments: Any, facts: Mapping[str, Any] | None = None, **options: Any):
+        super().__init__(*arguments, **options)
+        self.facts = dict(facts or {})
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            if self.args.should_save and self.facts:  # first, so that no whole checkpoint is without them
+                self._write_facts(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # writers of tensors raise their own kinds when the disk is full
+            reason = " ".join(str(error).split())
+            raise OSError(f"checkpoint {self.state.global_step} cannot be written: {reason}") from error
+
+    def _write_facts(self, checkpoint: Path) -> None:
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        partial = checkpoint / f"{_FACTS}.partial"
+        partial.write_text(json.dumps(self.facts, indent=1), encoding="utf-8")
+        os.replace(partial, checkpoint / _FACTS)
 
 
 class TrainerProgress(TrainerCallback):
@@ -140,10 +216,34 @@ def train(trainer: Trainer, checkpoint: Path | None, progress: TrainerProgress) 
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
+def describe_stop(error: Exception, output: Path, num_processes: int, *, is_saved: bool) -> str:
+    """What ended a run, what of it is whole, and how it goes on: one line.
+
+    Args:
+        error: of a worker of a loader, too, whose text arrives with a traceback.
+        output: output folder of the run.
+        num_processes: of the run.
+        is_saved: whether the trained model is in the folder, and the end came while it was measured.
+    """
+    checkpoint = None
+    with contextlib.suppress(OSError):  # of a disk that is gone
+        checkpoint, _ = newest_checkpoint(output / "checkpoints", TRAINER_FORMAT)
+    if is_saved:
+        left = f"the trained model is in {output}; measure it with"
+    elif checkpoint:
+        left = f"{checkpoint} is whole; go on with"
+    else:
+        left = "it has no whole checkpoint yet; start it anew with"
+    return f"stopped: {last_line(error)}; {left}: {how_to_go_on(output, num_processes)}"
+
+
 __all__ = [
     "TRAINER_FORMAT",
+    "ResumableTrainer",
     "TrainerProgress",
+    "check_facts",
     "count_processes",
+    "describe_stop",
     "find_trainer_damage",
     "list_trainer_checkpoints",
     "read_trainer_recipe",

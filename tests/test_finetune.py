@@ -14,11 +14,12 @@ import torch
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_examples import _fresh_accelerator, load_script, run_command  # noqa: F401
 from tiny import tiny_config
 from torch.nn.functional import cross_entropy
-from transformers import AutoImageProcessor, SwinConfig, SwinForImageClassification, pipeline
+from transformers import AutoImageProcessor, SwinConfig, SwinForImageClassification, ViTConfig, pipeline
 
 from green_swin_hf import GreenSwinForImageClassification, GreenSwinForMaskedImageModeling
 from green_swin_hf.data import EvaluationTransform
@@ -28,7 +29,7 @@ from green_swin_hf.image_decoding import decode_image
 from green_swin_hf.labelled_images import load_labelled_images
 from green_swin_hf.optimization import cosine_factor
 from green_swin_hf.pretrained_start import load_for_finetuning
-from green_swin_hf.trainer_runs import TrainerProgress
+from green_swin_hf.trainer_runs import TrainerProgress, check_facts
 
 ROOT = Path(__file__).resolve().parents[1]
 FINETUNE = ROOT / "examples" / "finetune.py"
@@ -225,6 +226,139 @@ def test_resuming_refuses_another_run(data, pretrained, tmp_path, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
 
 
+def save_other_data(data, folder, change):
+    """The splits, of which `change` makes other rows of those to train on; without a change they only move."""
+    shutil.copytree(data, folder)
+    if change == "class names":
+        for path in folder.iterdir():
+            rows = datasets.Dataset.from_parquet(str(path), cache_dir=str(folder.with_suffix(".cache")))
+            classes = datasets.ClassLabel(names=[*NAMES[:-1], "Boot"])
+            rows.cast_column("label", classes).to_parquet(str(path))
+    elif change:
+        path = str(folder / "train.parquet")
+        rows = datasets.Dataset.from_parquet(path, cache_dir=str(folder.with_suffix(".cache")))
+        labels = rows["label"][::-1]
+        changes = {
+            "fewer": lambda: rows.select(range(38)),
+            "images": lambda: rows.select(range(39, -1, -1)),
+            "labels": lambda: rows.remove_columns("label").add_column("label", labels, feature=rows.features["label"]),
+        }
+        changes[change]().to_parquet(path)
+    return folder
+
+
+def forget_facts(checkpoint):
+    """Leave a checkpoint as it was written before it said what it was trained on."""
+    (checkpoint / "data_facts.json").unlink()
+    checksums = json.loads((checkpoint / "checksums.json").read_text())
+    del checksums["data_facts.json"]
+    (checkpoint / "checksums.json").write_text(json.dumps(checksums))
+
+
+OTHER_DATA = {
+    "class names": "cannot change the run: class 9 'Ankle boot' -> 'Boot'; leave",
+    "fewer": r"num_images 40 -> 38, data_fingerprint '\w{12}' -> '\w{12}'",
+    "images": r"cannot change the run: data_fingerprint '\w{12}' -> '\w{12}'; leave",
+    "labels": r"cannot change the run: data_fingerprint '\w{12}' -> '\w{12}'; leave",
+}
+
+
+def test_other_data_are_refused_when_going_on_and_moved_ones_are_not(data, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert run_finetune(*splits_of(data), *SCRATCH, *FLAGS, "--output-dir", output, "--stop-after", 1) == 0
+    again = ["--output-dir", output, "--resume", "auto", "--data"]
+    for change, message in OTHER_DATA.items():
+        other = save_other_data(data, tmp_path / change.replace(" ", "-"), change)
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="2"):
+            run_finetune(*again, other)
+        assert re.search(message, capsys.readouterr().err)
+    facts = output / "checkpoints" / "checkpoint-5" / "data_facts.json"
+    (copy := tmp_path / "copy").mkdir()
+    shutil.copytree(output, copy, dirs_exist_ok=True)
+    assert run_finetune(*again, save_other_data(data, tmp_path / "moved", None)) == 0
+    kept = [path.read_text() for path in output.rglob("data_facts.json")]
+    assert kept == [facts.read_text()] * 2
+
+    forget_facts(copy / "checkpoints" / "checkpoint-5")
+    assert run_finetune("--output-dir", copy, *again[2:], tmp_path / "images") == 0
+    assert (copy / "checkpoints" / "checkpoint-10" / "data_facts.json").is_file()
+
+
+def test_facts_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "data_facts.json").write_text("torn")
+    with pytest.raises(ValueError, match=r"data_facts\.json cannot be read: .*; go on from another checkpoint"):
+        check_facts(tmp_path, FinetuningRecipe(), {"class_names": ["a"]})
+
+
+def save_classes(folder, splits, good=10):
+    """Images of two classes in splits; of each class in a split of `splits` so many can be read."""
+    for split in ("train", "validation", "test"):
+        for name, value in (("dark", 30), ("light", 200)):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(10):
+                path = folder / split / name / f"{index}.png"
+                Image.new("RGB", (16, 16), (value, value, 10 * index)).save(path)
+                if split in splits and index >= good:
+                    path.write_bytes(b"torn")
+    return folder
+
+
+TWO_CLASSES = [*SCRATCH, *FLAGS, "--image-size", 16, "--depths", 1, 1, "--num-heads", 1, 2]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_test_images_that_cannot_be_read_cost_no_trained_model(tmp_path, monkeypatch, capfd, workers):
+    monkeypatch.setattr("green_swin_hf.data.MAX_CORRUPT_RUN", 3)
+    folder, output = save_classes(tmp_path / "data", ["test"], good=2), tmp_path / "run"
+    flags = [*splits_of(folder), *TWO_CLASSES, "--workers", workers, "--output-dir", output]
+    assert run_finetune(*flags) == 1
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    last = said.strip().splitlines()[-1]
+    assert re.match(r"finetune\.py: stopped: data set '.*' looks broken: 3 images in a row cannot be decoded", last)
+    assert f"the trained model is in {output}; measure it with: python" in last
+    assert not (output / "metrics.json").exists()
+    AutoImageProcessor.from_pretrained(output)
+    saved = weights(output)
+    assert_same(saved, GreenSwinForImageClassification.from_pretrained(output).state_dict())
+
+    shutil.rmtree(folder)
+    save_classes(folder, [])
+    assert run_finetune("--output-dir", output, "--resume", "auto") == 0
+    assert metrics(output)["test"]["images"] == 20
+    assert_same(saved, weights(output))
+
+
+def test_validation_images_that_cannot_be_read_end_the_run_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("green_swin_hf.data.MAX_CORRUPT_RUN", 3)
+    folder, output = save_classes(tmp_path / "data", ["validation"], good=2), tmp_path / "run"
+    assert run_finetune(*splits_of(folder), *TWO_CLASSES, "--output-dir", output) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "looks broken: 3 images in a row" in last
+    assert "it has no whole checkpoint yet; start it anew with: python" in last
+
+
+def test_a_full_disk_ends_the_run_in_one_line_with_the_earlier_checkpoint_whole(data, tmp_path, monkeypatch, capsys):
+    save = GreenSwinForImageClassification.save_pretrained
+
+    def full(self, folder, *others, **more):
+        if "checkpoint-10" in str(folder):  # as safetensors has it
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        return save(self, folder, *others, **more)
+
+    monkeypatch.setattr(GreenSwinForImageClassification, "save_pretrained", full)
+    output = tmp_path / "run"
+    assert run_finetune(*splits_of(data), *SCRATCH, *FLAGS, "--output-dir", output) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(
+        "finetune.py: stopped: checkpoint 10 cannot be written: Error while serializing: I/O error: No"
+    )
+    assert f"{output / 'checkpoints' / 'checkpoint-5'} is whole; go on with: python" in last
+    monkeypatch.undo()
+    assert run_finetune("--output-dir", output, "--resume", "auto") == 0
+
+
 def test_two_processes_with_half_the_batch_train_as_one(data, pretrained, tmp_path):
     flags = ["--model", pretrained, *splits_of(data), *FLAGS, "--drop-path-rate", 0, "--epochs", 1]
     assert run_finetune("--output-dir", tmp_path / "one", *flags) == 0
@@ -331,6 +465,12 @@ WRONG_INPUT = {
         "does not exist; give a folder with a model, or a name on the Hub, or none",
     ),
     "no model": ("--model {folder}", "cannot be loaded"),
+    "another model": ("--model {vit}", "/vit is a vit; give the folder of a GreenSwin or a Swin"),
+    "torn validation images": (
+        "--model none --data {torn} --validation-split validation",
+        "validation images: data set",
+    ),
+    "torn test images": ("--model none --data {torn} --test-split test", "test images: data set"),
     "other image size": ("--model {pretrained} --image-size 16", "leave out image_size"),
     "other channels": ("--model {pretrained} --num-channels 3", "leave out image_size and num_channels"),
     "other geometry": ("--model {pretrained} --embed-dim 32", "embed_dim 32 is not that of the model"),
@@ -364,7 +504,10 @@ def test_wrong_input_is_one_line_and_exit_code_2_and_writes_nothing(
     Image.new("L", (8, 8)).save(one / "only" / "a.png")
     folder.mkdir()
     (folder / "a.txt").write_text("a")
+    ViTConfig().save_pretrained(tmp_path / "vit")
     names = {
+        "vit": tmp_path / "vit",
+        "torn": save_classes(tmp_path / "torn", ["validation", "test"], good=0) if "{torn}" in flags else "",
         "folder": folder,
         "one": one,
         "pretrained": pretrained,

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import backbone_config, images
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
-from transformers import SegformerImageProcessor, SwinConfig, SwinModel, TrainingArguments, pipeline
+from transformers import (
+    AutoModelForSemanticSegmentation,
+    SegformerImageProcessor,
+    SwinConfig,
+    SwinModel,
+    TrainingArguments,
+    ViTConfig,
+    pipeline,
+)
 
 from green_swin_hf import GreenSwinBackbone, GreenSwinForMaskedImageModeling
 from green_swin_hf.drawn_shapes import load_photographs
@@ -387,7 +396,7 @@ def test_stock_swin_reaches_upernet_and_other_folders_are_refused(tmp_path, pret
     model = build_upernet(backbone, ["a", "b"], hidden_size=8, auxiliary_channels=8)
     assert model.eval()(images(1, rows=50, columns=70)).logits.shape == (1, 2, 50, 70)
     model.save_pretrained(tmp_path / "upernet")
-    for folder, problem in (("nothing", "cannot be loaded"), ("upernet", "lacks|cannot be loaded")):
+    for folder, problem in (("nothing", "cannot be loaded"), ("upernet", "is a upernet; give the folder")):
         (tmp_path / "nothing").mkdir(exist_ok=True)
         with pytest.raises(ValueError, match=problem):
             load_backbone(tmp_path / folder)
@@ -552,6 +561,78 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(drawn, tmp_path):
         run_script("--output-dir", parts, "--resume", "auto", "--learning-rate", 1)
 
 
+def save_other_data(drawn, folder, change):
+    """The data set, of which `change` makes another one; without a change it only moves."""
+    shutil.copytree(drawn, folder)
+    if change == "class names":
+        (folder / "classes.json").write_text(json.dumps([*DRAWN_CLASSES[:-1], "comet"]))
+    elif change == "fewer":
+        for path in (folder / "train").rglob("000003.png"):
+            path.unlink()
+    elif change == "masks":
+        for path in (folder / "train" / "masks").iterdir():
+            Image.fromarray(3 - np.minimum(np.array(Image.open(path)), 3)).save(path)
+    return folder
+
+
+def test_other_data_are_refused_when_going_on_and_moved_ones_are_not(drawn, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert run_script("--data", drawn, *TINY, "--output-dir", output, "--stop-after", 1) == 0
+    again = ["--output-dir", output, "--resume", "auto", "--data"]
+    for change, message in (
+        ("class names", rf"cannot change the run: class 3 '{DRAWN_CLASSES[3]}' -> 'comet'; leave"),
+        ("fewer", r"num_images 12 -> 11, data_fingerprint '\w{12}' -> '\w{12}'"),
+        ("masks", r"cannot change the run: data_fingerprint '\w{12}' -> '\w{12}'; leave"),
+    ):
+        other = save_other_data(drawn, tmp_path / change.replace(" ", "-"), change)
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="2"):
+            run_script(*again, other)
+        assert re.search(message, capsys.readouterr().err)
+    shutil.copytree(output, copy := tmp_path / "copy")
+    assert run_script(*again, save_other_data(drawn, tmp_path / "moved", None)) == 0
+
+    checkpoint = copy / "checkpoints" / "checkpoint-1"  # as it was before it said what it was trained on
+    (checkpoint / "data_facts.json").unlink()
+    checksums = json.loads((checkpoint / "checksums.json").read_text())
+    del checksums["data_facts.json"]
+    (checkpoint / "checksums.json").write_text(json.dumps(checksums))
+    assert run_script("--output-dir", copy, *again[2:], tmp_path / "masks") == 0
+
+
+def test_an_image_that_cannot_be_read_at_the_end_costs_no_trained_model(drawn, tmp_path, capsys):
+    shutil.copytree(drawn, folder := tmp_path / "data")
+    image, output = folder / "test" / "images" / "000001.png", tmp_path / "run"
+    content = image.read_bytes()
+    image.write_bytes(content[: len(content) // 2])  # its head is whole
+    flags = ["--data", folder, *TINY, "--test-split", "test", "--output-dir", output]
+    assert run_script(*flags) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"finetune_segmentation.py: stopped: {image}: ")
+    assert f"the trained model is in {output}; measure it with: python" in last
+    AutoModelForSemanticSegmentation.from_pretrained(output)
+    assert not (output / "metrics.json").exists()
+    image.write_bytes(content)
+    assert run_script("--output-dir", output, "--resume", "auto") == 0
+    assert json.loads((output / "metrics.json").read_text())["test"]["images"] == 2
+
+
+def test_a_run_on_drawn_shapes_that_was_stopped_while_it_drew_starts_anew(tmp_path, monkeypatch, capsys):
+    flags = ["--drawn-images", 8, *TINY, "--max-steps", 2, "--warmup-steps", 0, "--output-dir", tmp_path / "run"]
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(finetune, "write_drawn_segmentation", full)
+    with pytest.raises(SystemExit, match="2"):
+        run_script(*flags)
+    assert "No space left on device" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run_script("--output-dir", tmp_path / "run", "--resume", "auto") == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["validation"]["images"], metrics["test"]["images"]) == (10, 10)
+
+
 def test_pretrained_weights_bring_their_sizes_and_a_tenth_is_held_out(drawn, pretrained, tmp_path, capsys):
     flags = ["--data", drawn / "train", "--class-names", drawn / "classes.json", *TINY[:2], *TINY[16:]]
     flags += ["--init-from", pretrained, "--learning-rate", 0, "--output-dir", tmp_path / "run", "--validate-every", 4]
@@ -616,6 +697,10 @@ def spoil(folder, problem):
     elif problem == "ignored":
         for path in (folder / "validation" / "masks").iterdir():
             save_mask(path, value=255)
+    elif problem == "torn":
+        image = folder / "validation" / "images" / "a.jpg"
+        Image.effect_noise((10, 12), 90).convert("RGB").save(image)
+        image.write_bytes(image.read_bytes()[:-40])  # its head is whole
     elif problem == "colours":
         save_image(folder / "train" / "masks" / "a.png")
     elif problem == "names":
@@ -628,6 +713,7 @@ WRONG_DATA = {
     "mask": "c.jpg has no counterpart",
     "empty": "holds no images",
     "ignored": "has a pixel with a class",
+    "torn": "validation/images/a.jpg: ",
     "colours": "a.png: has colours",
     "names": "--class-names",
 }
@@ -642,6 +728,9 @@ WRONG_FLAGS = {
     "class names": ("--class-names nowhere.json", "nowhere.json do not exist"),
     "weights": ("--init-from ./nowhere", "does not exist"),
     "no weights": ("--init-from {data}", "cannot be loaded"),
+    "another model": ("--init-from {data}/vit", "/vit is a vit; give the folder of a GreenSwin or a Swin"),
+    "drawn classes": ("--class-names {data}/classes.json", "are 2, and the drawn shapes have 4 classes"),
+    "hub": ("--push-to-hub --drawn-images 20 --batch-size 4", "does not answer"),
     "size beside weights": ("--init-from {data} --embed-dim 8", "embed_dim 8 is set by the weights"),
     "warm-up": ("--max-steps 10 --warmup-steps 10", "must be less than max_steps 10"),
     "rate": ("--learning-rate nan", "must be finite"),
@@ -673,8 +762,11 @@ def test_wrong_data_is_one_line_and_writes_nothing(tmp_path, capfd, problem):
 
 
 @pytest.mark.parametrize(("flags", "message"), WRONG_FLAGS.values(), ids=WRONG_FLAGS.keys())
-def test_wrong_flags_are_one_line_and_write_nothing(tmp_path, capfd, flags, message):
+def test_wrong_flags_are_one_line_and_write_nothing(tmp_path, monkeypatch, capfd, flags, message):
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     spoil(tmp_path / "data", "")
+    ViTConfig().save_pretrained(tmp_path / "data" / "vit")
     words = flags.format(data=tmp_path / "data", classes=CLASSES).split()
     words += [] if "--output-dir" in words else ["--output-dir", tmp_path / "run"]
     assert_one_line(capfd, lambda: run_script(*words), message)
