@@ -8,7 +8,7 @@
 Every number stands beside its baselines (raw pixels, an encoder with random weights, training from scratch until its
 validation curve is flat) and is repeated for each seed. Each finished number is kept in `cells.jsonl` at once and never
 computed again; tables, picture and `results.json` follow after every seed. Every key of a recipe is a flag as well.
-Exit codes: 0 done, 2 wrong input, nothing written.
+Exit codes: 0 done, 2 wrong input, nothing written, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from evidence_study import report
 from evidence_study.arms import ARMS, Arm
 from evidence_study.cells import Cell, Cells
 from evidence_study.finetuning import build_classifier, finetune
-from evidence_study.folder import check_same_study, replace_text
+from evidence_study.folder import check_encoder, check_same_study, replace_text
+from evidence_study.interruption import until_interrupted
 from evidence_study.pretraining import pretrain
 from evidence_study.probes import feature_function, probe
 from evidence_study.recipe import EvidenceRecipe
@@ -64,6 +65,10 @@ class Study:
 
 
 def main(argv: list[str] | None = None) -> int:
+    return until_interrupted(functools.partial(run_study, argv), lambda: "Finished cells are kept")
+
+
+def run_study(argv: list[str] | None) -> int:
     started = time.monotonic()
     # All that can be wrong with the input shows in this block, before anything is written.
     with one_line_errors("evidence.py"):
@@ -75,8 +80,9 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(recipe.threads)
         task = load_task(recipe)
         cells = Cells(arguments.output_dir / "cells.jsonl")
+        study = Study(recipe, task, arguments.output_dir, cells, device)
+        check_encoders(study)
     transformers_logging.set_verbosity_error()  # the report of missing and left-over weights at every load
-    study = Study(recipe, task, arguments.output_dir, cells, device)
     study.output.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, study.output / "recipe.yaml")
     print_heading(study)
@@ -111,6 +117,26 @@ def read_recipe(arguments: Namespace) -> EvidenceRecipe:
     default = QUICK_RECIPE if arguments.quick else DEFAULT_RECIPE
     path = arguments.recipe or (kept if kept.is_file() else default)
     return load_recipe(path, EvidenceRecipe).with_flags(flag_overrides(arguments, EvidenceRecipe))
+
+
+def check_encoders(study: Study) -> None:
+    """Raise a `ValueError` where a pretraining is among the cells, its model is gone, and cells still need it."""
+    for seed in study.recipe.seeds:
+        for arm in study.recipe.arms:
+            folder = study.encoder_folder(arm, seed)
+            is_made = study.cells.find("pretraining", arm, seed) is not None
+            if folder and is_made and needs_encoder(study, arm, seed):
+                check_encoder(folder, study.cells.path, arm, seed)
+
+
+def needs_encoder(study: Study, arm: str, seed: int) -> bool:
+    """Whether a probe or a fine-tuning of an arm and seed is missing, or may prove to be."""
+    find = study.cells.find
+    return any(
+        find("probe", arm, seed, budget) is None
+        or any(find("finetune", arm, seed, budget, rate) is None for rate in possible_rates(study, arm, budget, seed))
+        for budget in study.recipe.budgets
+    )
 
 
 # Cells
@@ -194,6 +220,13 @@ def learning_rates(study: Study, arm: str, budget: float, seed: int) -> Iterable
     first = study.recipe.seeds[0]
     best = study.cells.best_finetuning(arm, first, budget)
     return study.recipe.finetune_learning_rates if seed == first or best is None else [best["learning_rate"]]
+
+
+def possible_rates(study: Study, arm: str, budget: float, seed: int) -> Iterable[float]:
+    """`learning_rates`; while the first seed has not tried all of the grid, all of it: any may become its best."""
+    first, grid = study.recipe.seeds[0], study.recipe.finetune_learning_rates
+    is_chosen = all(study.cells.find("finetune", arm, first, budget, rate) for rate in grid)
+    return learning_rates(study, arm, budget, seed) if is_chosen else grid
 
 
 def finetuning_cell(study: Study, arm: str, seed: int, budget: float, learning_rate: float) -> Cell:

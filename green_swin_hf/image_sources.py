@@ -71,7 +71,7 @@ class ImageSource:
 
 
 def sample_fingerprint(dataset: Any, columns: Sequence[str], beside: bytes = b"") -> str:
-    """Twelve hexadecimal digits from the number of rows, the first bytes of the files of a sample of them, and `beside`.
+    """Twelve hexadecimal digits from the number of rows, the first bytes of a sample of their files, and `beside`.
 
     Args:
         dataset: map-style.

@@ -51,7 +51,7 @@ class LabelledImages:
         return replace(self, source=self.source.select(rows))
 
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits that other images, or the same ones with other labels, hardly share, wherever they lie."""
+        """Twelve hexadecimal digits that other images, or the same with other labels, hardly share."""
         return sample_fingerprint(self.source.dataset, [self.source.image_column], self.labels.numpy().tobytes())
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from evidence_study.finetuning import FlatCurve, build_classifier, updates_betwe
 from evidence_study.placed import Placement, place_garments, prepare_photo, silhouettes
 from evidence_study.pretraining import build_masked_model, masks_for, swin_config
 from evidence_study.recipe import EvidenceRecipe
-from evidence_study.report import gains, percent
+from evidence_study.report import NOT_FLAT_LABEL, draw, gains, percent, tables
 from evidence_study.tasks import load_task, vary, with_margin
 from test_examples import load_script
 from transformers import SwinForMaskedImageModeling
@@ -107,6 +108,70 @@ def test_an_interrupted_study_computes_what_is_missing(evidence, finished, monke
     same = ("kind", "arm", "seed", "budget", "learning_rate", "validation", "test", "curve", "steps")
     assert {key: again[key] for key in same} == {key: last[key] for key in same}
     assert len(lines_of(finished)) == len(whole.splitlines())
+
+
+def stop(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_study_ends_in_one_line_and_keeps_its_cells(evidence, finished, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(finished, tmp_path / "study")
+    lines = (folder / "cells.jsonl").read_text().splitlines(keepends=True)
+    (folder / "cells.jsonl").write_text("".join(lines[:-1]))
+    monkeypatch.setattr(evidence, "finetune", stop)
+    assert evidence.main(["--output-dir", str(folder)]) == 130
+    out = capsys.readouterr().out
+    assert out.endswith("\nStopped. Finished cells are kept; the same command goes on.\n")
+    assert (folder / "cells.jsonl").read_text() == "".join(lines[:-1])
+    monkeypatch.setattr(evidence, "load_task", stop)  # before any cell
+    assert evidence.main(["--output-dir", str(folder)]) == 130
+
+
+def without(folder, **values):
+    """Take the lines with these values out of `cells.jsonl`."""
+    left = [cell for cell in lines_of(folder) if any(cell.get(key) != value for key, value in values.items())]
+    (folder / "cells.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in left))
+
+
+def test_a_pretrained_model_that_no_cell_needs_may_be_gone(evidence, finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "study")
+    shutil.rmtree(folder / "encoders")
+    (folder / "tables.md").unlink()
+    assert evidence.main(["--output-dir", str(folder)]) == 0
+    assert (folder / "tables.md").is_file()
+
+
+@pytest.mark.parametrize("kind", ["probe", "finetune"])
+def test_a_pretrained_model_that_is_needed_and_gone_is_named(evidence, finished, tmp_path, monkeypatch, capsys, kind):
+    folder = shutil.copytree(finished, tmp_path / "study")
+    shutil.rmtree(folder / "encoders" / "green-0")
+    without(folder, kind=kind, arm="green", budget=1.0)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as stopped:
+        evidence.main(["--output-dir", str(folder)])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{folder / 'encoders' / 'green-0'} has no pretrained model" in error
+    assert f"remove the line of pretraining 'green' with seed 0 from {folder / 'cells.jsonl'}" in error
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    # The remedy: it is pretrained again.
+    without(folder, kind="pretraining", arm="green")
+    monkeypatch.setattr(evidence, "pretrain", stop)
+    assert evidence.main(["--output-dir", str(folder)]) == 130
+
+
+def test_while_the_first_seed_is_not_done_another_needs_its_model_for_every_rate(evidence, quick_recipe, tmp_path):
+    recipe = quick_recipe.replace(seeds=(0, 1), budgets=(0.1,), finetune_learning_rates=(1e-3, 3e-3))
+    cells = Cells(tmp_path / "cells.jsonl")
+    study = evidence.Study(recipe, None, tmp_path, cells, torch.device("cpu"))
+    cell = {"arm": "green", "budget": 0.1}
+    for seed in (0, 1):
+        cells.add({**cell, "kind": "probe", "seed": seed})
+        cells.add({**cell, "kind": "finetune", "seed": seed, "learning_rate": 1e-3, "validation": 0.5})
+    assert evidence.needs_encoder(study, "green", 1)  # 3e-3 may prove better with seed 0
+    cells.add({**cell, "kind": "finetune", "seed": 0, "learning_rate": 3e-3, "validation": 0.4})
+    assert not evidence.needs_encoder(study, "green", 1)
 
 
 def test_a_study_as_a_user_runs_it_names_wrong_input_in_one_line(tmp_path):
@@ -340,6 +405,59 @@ def test_of_several_learning_rates_the_one_best_on_validation_counts(tmp_path):
     read = Cells(tmp_path / "cells.jsonl")
     assert read.best_finetuning("scratch", 0, 0.01)["test"] == 0.58
     assert gains(read) == [{"arm": "green", "budget": 0.01, "labels": 80, "points": [8.0]}]
+
+
+def finetunings(path, ends):
+    """Cells with a fine-tuning of each (arm, labels, is_flat), and a probe for more labels."""
+    cells = Cells(path)
+    for arm, labels, is_flat in ends:
+        cell = {"kind": "finetune", "arm": arm, "seed": 0, "budget": labels / 100, "labels": labels, "test": 0.5}
+        cells.add(cell | {"learning_rate": 1e-3, "validation": 0.5, "steps": 9, "best_step": 8, "is_flat": is_flat})
+    cells.add({"kind": "probe", "arm": "green", "seed": 0, "budget": 1.0, "labels": 100, "knn": 0.4, "linear": 0.3})
+    return cells
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """The panels of the picture of some cells."""
+    figures = []
+    monkeypatch.setattr("green_swin_hf.visualization.save_figure", lambda figure, path: figures.append(figure))
+
+    def draw_cells(cells):
+        draw(cells, tmp_path / "accuracy.png")
+        return figures[-1].axes
+
+    return draw_cells
+
+
+def test_what_ended_at_the_limit_is_starred_and_hollow_and_the_star_is_explained(tmp_path, drawn):
+    cells = finetunings(tmp_path / "cells.jsonl", [("scratch", 10, True), ("scratch", 50, False), ("green", 50, True)])
+    accuracies, rest = tables(cells).split("**Gain over scratch**")
+    gain, _ = rest.split("**Frozen features**")
+    assert "| scratch | test accuracy | 50.0 | 50.0* | - |" in accuracies
+    assert "| GreenSwin | test accuracy | - | 50.0 | - |" in accuracies
+    assert "| GreenSwin | - | +0.0 (+0.0)* | - |" in gain  # that of scratch was not flat
+    for part in (accuracies, gain):
+        assert "|\n\n\\* a fine-tuning behind this number ended at the limit of updates" in part
+    panel = drawn(cells)[0]
+    hollow = [line for line in panel.lines if line.get_markerfacecolor() == "white" and len(line.get_xdata())]
+    assert [(*line.get_xdata(), line.get_color()) for line in hollow] == [(50, "#000000")]
+    assert NOT_FLAT_LABEL in [text.get_text() for text in panel.get_legend().get_texts()]
+
+
+def test_where_all_is_flat_there_is_no_star(tmp_path, drawn):
+    cells = finetunings(tmp_path / "cells.jsonl", [("scratch", 10, True), ("green", 10, True)])
+    assert "50.0 |" in tables(cells)
+    assert "limit" not in tables(cells)
+    assert NOT_FLAT_LABEL not in [text.get_text() for text in drawn(cells)[0].get_legend().get_texts()]
+
+
+def test_a_picture_has_ticks_where_points_are_and_legends_below(tmp_path, drawn):
+    panels = drawn(finetunings(tmp_path / "cells.jsonl", [("scratch", 10, True), ("green", 10, True)]))
+    assert [list(axes.get_xticks()) for axes in panels] == [[10], [100]]
+    for axes in panels:
+        axes.figure.canvas.draw()
+        assert axes.get_legend().get_window_extent().y1 < axes.get_window_extent().y0
 
 
 def test_a_damaged_line_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -242,6 +243,43 @@ def test_finished_cells_are_not_computed_again_and_a_missing_one_is(run, finishe
     assert run(finished, "--only", "windows") == 0
     again = lines_of(finished)[-1]
     assert {key: again[key] for key in ("kind", "arm", "test")} == {key: last[key] for key in ("kind", "arm", "test")}
+
+
+def stop(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_study_ends_in_one_line_and_keeps_its_cells(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("quality_study.cells.probe", stop)
+    assert run(tmp_path / "study", "--only", "windows") == 130
+    assert capsys.readouterr().out.endswith("\nStopped. Finished cells are kept; the same command goes on.\n")
+    assert [cell["kind"] for cell in lines_of(tmp_path / "study")] == ["pretraining"]
+
+
+def without(folder, kind, arm):
+    """Take a line out of `cells.jsonl`."""
+    left = [cell for cell in lines_of(folder) if (cell["kind"], cell["arm"]) != (kind, arm)]
+    (folder / "cells.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in left))
+
+
+def test_a_pretrained_model_may_be_gone_unless_it_is_needed(run, finished, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(finished, tmp_path / "study")
+    shutil.rmtree(folder / "encoders")
+    (folder / "table.md").unlink()
+    assert run(folder, "--only", "windows") == 0
+    assert (folder / "table.md").is_file()
+    without(folder, "finetune", "window_2")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run(folder, "--only", "windows")
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{folder / 'encoders' / 'window_2-0'} has no pretrained model" in error
+    assert f"remove the line of pretraining 'window_2' with seed 0 from {folder / 'cells.jsonl'}" in error
+    without(folder, "pretraining", "window_2")
+    monkeypatch.setattr("quality_study.cells.train_masked", stop)  # it is pretrained again
+    assert run(folder, "--only", "windows") == 130
 
 
 def test_cells_of_a_setting_that_meant_something_else_are_not_mixed(run, finished, monkeypatch, capsys):

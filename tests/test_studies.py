@@ -5,8 +5,10 @@ import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,9 +37,9 @@ def local_workers(monkeypatch):
     monkeypatch.setattr(interleave, "start_worker", LocalWorker)
 
 
-def run(script, folder, *words):
+def run(script, folder, *words, code=0):
     """A study in quick mode; returns the JSON that it writes."""
-    assert script.main(["--quick", "--output-dir", str(folder), *words]) == 0
+    assert script.main(["--quick", "--output-dir", str(folder), *words]) == code
     return json.loads((folder / "results.json").read_text())
 
 
@@ -144,6 +146,19 @@ def test_group_size_runs_and_repeats_nothing(tmp_path, monkeypatch):
     assert (tmp_path / "study" / "rows.jsonl").read_bytes() == rows
 
 
+def test_nothing_of_the_curves_is_cut_off():
+    settings = group_size.Settings(windows=(7,), sizes=(64,), timed_ratios=(0.5,))
+    here = {"window": 7, "size": 64, "ratio": 0.5, "area": 49}
+    costs = [here | {"stage": stage, "curve": [[20, 0.3], [49, 1.0], [400, 41.0]]} for stage in range(1, 5)]
+    points = [{"group_size": size, "relative": relative} for size, relative in ((20, 0.2), (49, 1.0), (400, 30.0))]
+    times = [here | {"stage": 1, "points": points}]
+    first, second, *_ = group_size.draw_curves(costs, times, settings).axes
+    for axes, least in ((first, 0.2), (second, 0.3)):
+        low, high = axes.get_ylim()
+        assert low < least
+        assert high > 41
+
+
 # Grouping
 
 
@@ -217,12 +232,38 @@ def test_time_and_memory_runs_and_goes_on_with_more_points(tmp_path, monkeypatch
     assert [(row["size"], row["batch"]) for row in report["tables"]["A step of both, in turn"]] == [(64, 1), (64, 2)]
 
 
-def test_a_point_that_fails_is_told_and_the_others_stay(tmp_path, monkeypatch, local_workers):
+def sizes_measured(report):
+    return [row["size"] for row in report["tables"]["A step of both, in turn"]]
+
+
+def test_a_point_that_fails_is_told_and_tried_again_and_the_others_stay(tmp_path, monkeypatch, capsys, local_workers):
+    points = ["--points", "micro:64:1,micro:96:1"]
     # Stock Swin cannot compute images whose last grid is smaller than its window.
     monkeypatch.setitem(time_and_memory.SMALL_WINDOW, 64, 3)
-    report = run(time_and_memory, tmp_path, "--points", "micro:64:1,micro:96:1")
-    assert [row["size"] for row in report["tables"]["A step of both, in turn"]] == [96]
+    report = run(time_and_memory, tmp_path, *points, code=1)
+    assert sizes_measured(report) == [96]
     assert any("not measured: micro, 64 px, batch 1: RuntimeError" in note for note in report["notes"])
+    said = capsys.readouterr()
+    assert "Only 1 of 2 rows are measured" in said.err
+    assert "the same command tries again" in said.err
+    assert "Measured 1 rows" in said.out
+    kept = (tmp_path / "rows.jsonl").read_text()
+
+    monkeypatch.delitem(time_and_memory.SMALL_WINDOW, 64)
+    report = run(time_and_memory, tmp_path, *points)
+    assert sizes_measured(report) == [64, 96]
+    assert not any("not measured" in note for note in report["notes"])
+    again = (tmp_path / "rows.jsonl").read_text().removeprefix(kept)
+    assert [json.loads(line)["size"] for line in again.splitlines()] == [64]
+
+
+def test_a_point_that_fails_again_is_a_failure_again(tmp_path, monkeypatch, local_workers):
+    monkeypatch.setitem(time_and_memory.SMALL_WINDOW, 64, 3)
+    for _ in range(2):
+        run(time_and_memory, tmp_path, "--points", "micro:64:1", code=1)
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
+    # It is no failure of a command that does not ask for it.
+    assert sizes_measured(run(time_and_memory, tmp_path, "--points", "micro:96:1")) == [96]
 
 
 def test_a_decoder_block_adds_the_products_of_its_tokens():
@@ -242,6 +283,9 @@ def test_window_and_decoder_cost_runs(tmp_path, monkeypatch, local_workers):
     (row,) = report["tables"]["Decoder depth, against 1"]
     assert row["G"] > row["G default"]
     assert row["M parameters"] > row["M parameters default"]
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    labels = [axes.get_ylabel() for axes in window_and_decoder_cost.draw(rows).axes]
+    assert labels[0] == "times that of window 7"
 
 
 # Energy
@@ -279,6 +323,23 @@ def test_energy_runs(tmp_path, monkeypatch):
         "GreenSwin",
         "SimMIM",
     ] * 2
+
+
+def test_a_missing_package_of_energy_is_one_line_that_names_the_extra(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(energy.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stopped:
+        energy.main(["--quick", "--output-dir", str(tmp_path / "no")])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "codecarbon" in error
+    assert "pip install green-swin-hf[studies]" in error
+    assert error.count("\n") == 1
+
+
+def test_the_extra_of_the_studies_holds_what_they_need():
+    extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (line,) = (line for line in extras.splitlines() if line.startswith("studies = "))
+    assert all(part in line for part in ("energy", "examples", "ortools>="))
 
 
 # What they share
@@ -367,3 +428,32 @@ def test_a_study_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, caps
     assert tuple(seen) == run_all.STUDIES
     assert "Failed: grouping" in capsys.readouterr().out
     assert "![plot](energy/plot.png)" in (tmp_path / "README.md").read_text()
+
+
+SLOW_TO_STOP = """
+import pathlib, sys, time
+try:
+    pathlib.Path("started").touch()
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1)
+    print("Stopped.", flush=True)
+    sys.exit(130)
+"""
+
+
+def test_ctrl_c_gives_the_running_study_the_time_to_say_what_is_kept(tmp_path):
+    (tmp_path / "grouping.py").write_text(SLOW_TO_STOP)
+    code = "import sys, pathlib; from studies import run_all; run_all.FOLDER = pathlib.Path.cwd(); "
+    code += "sys.exit(run_all.main(['--only', 'grouping', '--output-dir', 'out']))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])}
+    command = [sys.executable, "-c", code]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, **pipes) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "started").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to both
+        out, error = process.communicate()
+    assert (process.returncode, error) == (130, "")
+    assert out.endswith("Stopped.\n")

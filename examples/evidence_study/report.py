@@ -11,6 +11,11 @@ from .arms import ARMS
 from .cells import Cell, Cells
 
 PROBES = {"knn": "k-NN", "linear": "linear probe"}
+STAR = "*"
+STAR_NOTE = (
+    "\n\n\\* a fine-tuning behind this number ended at the limit of updates, before its validation curve was flat"
+)
+NOT_FLAT_LABEL = "hollow: ended at the limit of updates, not flat"
 ENCODER_TITLES = {"pixels": "raw pixels", "scratch": "random encoder"}
 # Okabe and Ito, told apart by any eye, and markers for who sees no colour.
 STYLES = {
@@ -20,6 +25,7 @@ STYLES = {
     "green_third": ("#56B4E9", "D"),
     "green_equal": ("#0072B2", "v"),
 }
+HOLLOW: dict[str, Any] = {"markerfacecolor": "white", "markeredgewidth": 1.5}
 
 
 def encoder_title(arm: str) -> str:
@@ -74,11 +80,23 @@ def _finetuning_table(cells: Cells) -> str:
     rows = []
     for arm in _arms_of(done):
         of_arm = [_select(done, arm, budget) for budget in counts]
-        rows.append([ARMS[arm].title, "test accuracy", *(percent([cell["test"] for cell in part]) for part in of_arm)])
-        rows.append(["", "updates until flat (all, best at)", *map(_updates, of_arm)])
+        accuracies = [percent([cell["test"] for cell in part]) + _star(part) for part in of_arm]
+        rows.append([ARMS[arm].title, "test accuracy", *accuracies])
+        rows.append(["", "updates (all, best at)", *map(_updates, of_arm)])
         rows.append(["", "learning rate", *(", ".join(_rates(part)) or "-" for part in of_arm)])
     title = "**Fine-tuning until the validation curve is flat**: test accuracy in %, mean ± deviation over seeds\n\n"
-    return title + markdown_table(["arm", "", *_headings(counts)], rows) if rows else ""
+    return title + _starred_table(["arm", "", *_headings(counts)], rows) if rows else ""
+
+
+def _star(part: Sequence[Cell]) -> str:
+    """What marks numbers of fine-tunings of which one was ended by the limit."""
+    return "" if all(cell["is_flat"] for cell in part) else STAR
+
+
+def _starred_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """`markdown_table`, and below it what the star means where there is one."""
+    note = STAR_NOTE if any(STAR in text for row in rows for text in row) else ""
+    return markdown_table(header, rows) + note
 
 
 def _rates(part: Sequence[Cell]) -> list[str]:
@@ -86,12 +104,11 @@ def _rates(part: Sequence[Cell]) -> list[str]:
 
 
 def _updates(part: Sequence[Cell]) -> str:
-    """Mean updates in all and at the best point; a star where one was ended by the limit."""
+    """Mean updates in all and at the best point."""
     if not part:
         return "-"
     all_steps, best = (statistics.mean(cell[key] for cell in part) for key in ("steps", "best_step"))
-    star = "" if all(cell["is_flat"] for cell in part) else "*"
-    return f"{all_steps:,.0f}{star}, {best:,.0f}"
+    return f"{all_steps:,.0f}{_star(part)}, {best:,.0f}"
 
 
 def gains(cells: Cells) -> list[dict[str, Any]]:
@@ -99,15 +116,17 @@ def gains(cells: Cells) -> list[dict[str, Any]]:
     done, found = cells.chosen_finetunings(), []
     for arm in _arms_of(done):
         for budget, count in label_counts(cells).items():
-            pairs = [
-                (cell["test"], scratch["test"])
-                for cell in _select(done, arm, budget)
-                if (scratch := cells.best_finetuning("scratch", cell["seed"], budget))
-            ]
+            pairs = _pairs(cells, arm, budget)
             if arm != "scratch" and pairs:
-                points = [round(100 * (mine - theirs), 2) for mine, theirs in pairs]
+                points = [round(100 * (mine["test"] - theirs["test"]), 2) for mine, theirs in pairs]
                 found.append({"arm": arm, "budget": budget, "labels": count, "points": points})
     return found
+
+
+def _pairs(cells: Cells, arm: str, budget: float) -> list[tuple[Cell, Cell]]:
+    """Fine-tunings of an arm, each with that of scratch with the same seed, where there is one."""
+    mine = _select(cells.chosen_finetunings(), arm, budget)
+    return [(cell, theirs) for cell in mine if (theirs := cells.best_finetuning("scratch", cell["seed"], budget))]
 
 
 def _gain_table(cells: Cells) -> str:
@@ -115,9 +134,10 @@ def _gain_table(cells: Cells) -> str:
     rows = []
     for arm in dict.fromkeys(gain["arm"] for gain in found):
         points = {gain["budget"]: gain["points"] for gain in found if gain["arm"] == arm}
-        rows.append([ARMS[arm].title, *(_signed(points.get(budget, [])) for budget in counts)])
+        stars = {budget: _star([cell for pair in _pairs(cells, arm, budget) for cell in pair]) for budget in counts}
+        rows.append([ARMS[arm].title, *(_signed(points.get(budget, [])) + stars[budget] for budget in counts)])
     title = "**Gain over scratch** with the same seed and labels, in points: mean (each seed)\n\n"
-    return title + markdown_table(["arm", *_headings(counts)], rows) if rows else ""
+    return title + _starred_table(["arm", *_headings(counts)], rows) if rows else ""
 
 
 def _signed(points: Sequence[float]) -> str:
@@ -157,19 +177,21 @@ def draw(cells: Cells, path: Path, title: str = "") -> None:
     from green_swin_hf.visualization import save_figure
 
     parts = {"finetune": _draw_finetuning, "probe": _draw_probes}
-    panels = [draw_part for kind, draw_part in parts.items() if cells.of_kind(kind)]
-    figure = Figure(figsize=(5.5 * len(panels), 4.4), layout="constrained")
+    panels = {kind: draw_part for kind, draw_part in parts.items() if cells.of_kind(kind)}
+    figure = Figure(figsize=(5.5 * len(panels), 5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
     row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    counts = list(label_counts(cells).values())
-    for axes, draw_part in zip(row, panels, strict=True):
+    for axes, (kind, draw_part) in zip(row, panels.items(), strict=True):
         draw_part(axes, cells)
+        counts = sorted({cell["labels"] for cell in cells.of_kind(kind)})
         axes.set_xscale("log")
+        axes.set_xlim(counts[0] / 1.3, counts[-1] * 1.3)
         axes.set_xticks(counts, [f"{count:,}" for count in counts])
         axes.minorticks_off()
         axes.set_xlabel("labelled images")
         axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)  # below, clear of all curves
     row[0].set_ylabel("test accuracy, %")
     save_figure(figure, path)
 
@@ -180,7 +202,20 @@ def _draw_finetuning(axes: Any, cells: Cells) -> None:
     for arm in _arms_of(done):
         colour, marker = STYLES[arm]
         _draw_line(axes, done, arm, "test", cells, label=ARMS[arm].title, color=colour, marker=marker)
-    axes.legend(fontsize=8, loc="lower right")
+    for arm in _arms_of(done):
+        _mark_not_flat(axes, done, arm, cells)
+    if not all(cell["is_flat"] for cell in done):
+        axes.plot([], [], label=NOT_FLAT_LABEL, color="#666666", linestyle="none", **HOLLOW, marker="o")
+
+
+def _mark_not_flat(axes: Any, done: Sequence[Cell], arm: str, cells: Cells) -> None:
+    """The means of an arm once more as hollow markers where a fine-tuning was ended by the limit of updates."""
+    colour, marker = STYLES[arm]
+    for budget, count in label_counts(cells).items():
+        part = _select(done, arm, budget)
+        if _star(part):
+            mean = 100 * statistics.mean(cell["test"] for cell in part)
+            axes.plot(count, mean, color=colour, linestyle="none", **HOLLOW, marker=marker)
 
 
 def _draw_probes(axes: Any, cells: Cells) -> None:
@@ -191,7 +226,6 @@ def _draw_probes(axes: Any, cells: Cells) -> None:
         style = {"color": colour, "marker": marker, "markersize": 5}
         _draw_line(axes, done, arm, "linear", cells, label=encoder_title(arm), **style)
         _draw_line(axes, done, arm, "knn", cells, linestyle="--", alpha=0.7, **style)
-    axes.legend(fontsize=8, loc="upper left")
 
 
 def _draw_line(axes: Any, done: Sequence[Cell], arm: str, key: str, cells: Cells, **style: Any) -> None:

@@ -6,7 +6,7 @@
 Two models: a small Swin on the 8,000 embedded images, whole epochs with all that a training does, and Swin-T at 224 px,
 some steps, given for as many images. Both methods take turns, one after the other in each round. Without counters of
 power (Intel RAPL, say) the estimate is the processor's rated power times its load, for the whole machine: it follows
-the time, and what else the machine does is in it. Exit codes: 0 done, 2 wrong input, nothing written.
+the time, and what else the machine does is in it. Exit codes: 0 done, 2 wrong input, nothing written, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments: Namespace = parser.parse_args(argv)
         settings = kit.choose_settings(arguments, QUICK, FULL)
         if importlib.util.find_spec("codecarbon") is None:
-            raise ValueError("codecarbon, which estimates the energy, is missing: pip install green-swin-hf[energy]")
+            raise ValueError("codecarbon, which estimates the energy, is missing: pip install green-swin-hf[studies]")
         study = kit.open_study(NAME, TITLE, arguments, settings, KEYS, ("rounds",))
     torch.set_num_threads(settings.threads)
     next_step = "python examples/pretrain.py --track-energy writes the estimate of a training into its record."

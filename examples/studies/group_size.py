@@ -6,7 +6,7 @@
 For every stage, windows 7 and 14, 224 and 448 px, and several mask ratios: Ω = n · (4 g C² + 2 g² C) for n groups of g
 slots (arXiv 2205.13515), where it is least against the window area p × p, and what a sweep over g gains over p × p.
 Then the attention layer itself (projections, gathers, attention, output; forward and backward) is timed at some of the
-group sizes. Exit codes: 0 done, 2 wrong input, nothing written.
+group sizes. Exit codes: 0 done, 2 wrong input, nothing written, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from studies.study_kit import Row, Study
 NAME, TITLE = "group_size", "Group size: cost Ω and attention time"
 KEYS = ("kind", "window", "size", "ratio", "stage")
 MOST_SCORES = 6e7  # numbers of one attention's scores: with more, the largest groups are not timed
+LEAST_SPAN = (0.65, 2.2)  # of Ω or time over p × p in a plot; less would make noise look like a finding
 PIXELS = 4 * 224**2  # of the images of a timed step
 
 
@@ -349,10 +350,7 @@ def draw_curves(costs: Sequence[Row], times: Sequence[Row], settings: Settings) 
             axes.axhline(1, color="#000000", linewidth=0.8, linestyle=":")
             axes.set_xscale("log")
             axes.set_yscale("log")
-            axes.set_ylim(0.6, 6)
-            kit.plain_ticks(axes, [0.7, 1, 2, 4], "y")
-            low, high = axes.get_xlim()
-            kit.plain_ticks(axes, [value for value in (0.25, 0.5, 1, 2, 4, 8, 16, 64) if low <= value <= high])
+            show_all(axes)
             title = f"window {window}, {size} px, stage {stage}"
             is_last = (window, size) == settings_of_rows[-1]
             kit.finish(
@@ -361,6 +359,16 @@ def draw_curves(costs: Sequence[Row], times: Sequence[Row], settings: Settings) 
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2 * len(drawn), fontsize=9)
     return figure
+
+
+def show_all(axes: Any) -> None:
+    """Limits and ticks of logarithmic axes that leave out nothing that is drawn; y shows `LEAST_SPAN` at least."""
+    least, most = axes.dataLim.intervaly
+    low, high = min(least / 1.1, LEAST_SPAN[0]), max(most * 1.1, LEAST_SPAN[1])
+    axes.set_ylim(low, high)
+    kit.plain_ticks(axes, [value for value in (0.5, 0.7, 1, 2, 4, 8, 16, 32, 64) if low <= value <= high], "y")
+    low, high = axes.get_xlim()
+    kit.plain_ticks(axes, [value for value in (0.25, 0.5, 1, 2, 4, 8, 16, 64) if low <= value <= high])
 
 
 def select(rows: Sequence[Row], wanted: Row) -> Row | None:

@@ -6,7 +6,7 @@
 Rules: every window padded to its area (no grouping), one group for all, the greedy dynamic programme of the paper by a
 table in plain Python, the same by a bit set, best-fit decreasing, the package's own, and exact bin packing (CP-SAT,
 where ortools is installed). Groups, padding, Ω and solve time, for one image and for pools of up to 256 images with a
-mask each, up to 1024 px. Exit codes: 0 done, 2 wrong input, nothing written.
+mask each, up to 1024 px. Exit codes: 0 done, 2 wrong input, nothing written, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def write(study: Study, settings: Settings) -> None:
     notes = [
         "groups have min(window area, visible tokens) slots; with padded windows each window has a group of its area",
         f"-: not measured (table: more than {settings.most_steps:g} steps; exact: no proof in {settings.exact_s:g} s, "
-        "or ortools is not installed)",
+        "or ortools is not installed: pip install green-swin-hf[studies])",
         "bound: ceil(tokens / slots); exact has no time where ours meets it, for then there is nothing to solve",
     ]
     figures = {"groups": draw_groups(rows, settings), "time": draw_time(rows), "cost": draw_cost(rows, settings)}

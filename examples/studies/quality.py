@@ -8,13 +8,14 @@
 Every setting is pretrained for the same number of epochs on the embedded garments, placed over photographs, and judged
 by k-NN, a linear probe and fine-tuning for a fixed number of updates, next to raw pixels and random weights. Each
 finished number is kept in `cells.jsonl` at once and never computed again; tables and pictures follow after every
-setting. Exit codes: 0 done, 2 wrong input, nothing written.
+setting. Exit codes: 0 done, 2 wrong input, nothing written, 130 interrupted.
 """
 
 # ruff: noqa: E402 (imports after the line that finds them)
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -27,9 +28,10 @@ import torch
 from benchmarking.report import describe_run
 from evidence_study.cells import Cells
 from evidence_study.folder import check_same_study, replace_text
+from evidence_study.interruption import until_interrupted
 from evidence_study.tasks import load_task
 from quality_study import report
-from quality_study.cells import Run, check_settings, complete, order_of_work
+from quality_study.cells import Run, check_encoders, check_settings, complete, order_of_work
 from quality_study.recipe import QualityRecipe
 from quality_study.settings import DEFAULT, SETTINGS, STUDIES, Study, settings_of
 from tqdm.auto import tqdm
@@ -44,6 +46,10 @@ DEFAULT_OUTPUT, QUICK_OUTPUT = Path("outputs/studies/quality"), Path("outputs/st
 
 
 def main(argv: list[str] | None = None) -> int:
+    return until_interrupted(functools.partial(run_study, argv), lambda: "Finished cells are kept")
+
+
+def run_study(argv: list[str] | None) -> int:
     started = time.monotonic()
     # All that can be wrong with the input shows in this block, before anything is written.
     with one_line_errors("quality.py"):
@@ -56,12 +62,12 @@ def main(argv: list[str] | None = None) -> int:
         check_settings(cells, output)
         device = recipe.choose_device()
         torch.set_num_threads(recipe.threads)
-        task = load_task(recipe)
+        run = Run(recipe, load_task(recipe), output, cells, device)
+        work = order_of_work(settings_of(arguments.only), recipe.seeds)
+        check_encoders(run, work)
     transformers_logging.set_verbosity_error()  # the report of missing and left-over weights at every load
-    run = Run(recipe, task, output, cells, device)
     output.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, output / "recipe.yaml")
-    work = order_of_work(settings_of(arguments.only), recipe.seeds)
     print(f"Quality under a fixed budget: {len(work)} settings with their seeds")
     print(f"  images   {describe(run)}\n  output   {output}", flush=True)
     for name, seed in tqdm(work, desc="settings", mininterval=1):

@@ -9,6 +9,7 @@ Exit codes: 0 all done, 1 a study failed (the others are done), 2 wrong input, n
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this folder's scripts use the examples beside it
 from benchmarking.options import list_of, one_of, positive_int
+from evidence_study.interruption import INTERRUPTED
 
 from green_swin_hf.training import OneLineParser, check_output_folder, one_line_errors
 from studies import study_kit as kit
@@ -24,6 +26,7 @@ from studies import study_kit as kit
 FOLDER = Path(__file__).resolve().parent
 STUDIES = ("group_size", "grouping", "time_and_memory", "window_and_decoder_cost", "quality", "energy")
 PAGE = "README.md"
+SECONDS_TO_STOP = 10
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     for name in arguments.only or STUDIES:
         code = run_study(name, [*flags, "--output-dir", str(output / name)])
-        if code == 130:
+        if code == INTERRUPTED:
             return code
         failed += [name] if code else []
     write_page(output)
@@ -54,10 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_study(name: str, flags: Sequence[str]) -> int:
     """Its exit code; a process of its own, so that no study has the memory or the threads of the one before."""
     print(f"\n== {name}", flush=True)
-    try:
-        return subprocess.run([sys.executable, str(FOLDER / f"{name}.py"), *flags], check=False).returncode
-    except KeyboardInterrupt:
-        return 130
+    with subprocess.Popen([sys.executable, str(FOLDER / f"{name}.py"), *flags]) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # Ctrl-C reaches the study as well, which says what is kept if it gets the time
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SECONDS_TO_STOP)
+            process.kill()
+            return INTERRUPTED
 
 
 def write_page(output: Path) -> None:

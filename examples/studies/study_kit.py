@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from benchmarking.options import positive_int
 from benchmarking.plots import COLOURS, HATCHES, new_figure
 from benchmarking.report import describe_run, read_version
 from evidence_study.folder import replace_text
+from evidence_study.interruption import until_interrupted
 from evidence_study.report import markdown_table
 from kept_rows import KeptRows, Row
 from tqdm.auto import tqdm
@@ -70,7 +72,7 @@ class Study:
         name: of the script and the folder.
         title: heading of the table.
         settings: all that decides its numbers, as JSON holds it.
-        rows: what has been measured.
+        rows: what has been measured; one with a "failure" was not, for that reason, and is tried again.
     """
 
     name: str
@@ -79,24 +81,24 @@ class Study:
     settings: dict[str, Any]
     rows: KeptRows
 
-    def measure(self, name: Row, make: Callable[[], Row]) -> Row:
-        """The row of that name as it was kept, or a new one with the seconds that it took."""
+    def is_measured(self, name: Row) -> bool:
         kept = self.rows.get(name)
-        if kept is not None:
-            return kept
+        return kept is not None and "failure" not in kept
+
+    def measure(self, name: Row, make: Callable[[], Row]) -> None:
+        """Keep a new row of that name, with the seconds that it took."""
         start = time.monotonic()
         made = make()
-        return self.rows.add({**name, **made, "took_s": round(time.monotonic() - start, 2)})
+        self.rows.add({**name, **made, "took_s": round(time.monotonic() - start, 2)})
 
-    def measure_all(self, cells: Sequence[tuple[Row, Callable[[], Row]]]) -> list[Row]:
-        """`measure` of each (name, make) behind a progress bar."""
-        missing = [cell for cell in cells if self.rows.get(cell[0]) is None]
+    def measure_all(self, cells: Sequence[tuple[Row, Callable[[], Row]]]) -> None:
+        """`measure` of each (name, make) that is missing or failed, behind a progress bar."""
+        missing = [cell for cell in cells if not self.is_measured(cell[0])]
         with tqdm(total=len(cells), initial=len(cells) - len(missing), desc=self.name, unit="row") as progress:
             for name, make in missing:
                 progress.set_postfix_str(", ".join(str(value) for value in name.values()))
                 self.measure(name, make)
                 progress.update()
-        return [self.measure(*cell) for cell in cells]
 
 
 def open_study(
@@ -119,7 +121,7 @@ def open_study(
         ValueError: matplotlib is missing, the folder cannot be written, or it holds a study with other settings.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("matplotlib, which draws the plots, is not installed: pip install green-swin-hf[examples]")
+        raise ValueError("matplotlib, which draws the plots, is not installed: pip install green-swin-hf[studies]")
     output = arguments.output_dir or OUTPUT / (f"{name}_quick" if arguments.quick else name)
     check_output_folder(output)
     now = json.loads(json.dumps(dataclasses.asdict(settings)))
@@ -142,20 +144,31 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def run_study(
     study: Study, cells: Sequence[tuple[Row, Callable[[], Row]]], write: Callable[[], None], next_step: str
 ) -> int:
-    """Measure what is missing, write the results; returns the exit code, 130 where it was interrupted."""
+    """Measure what is missing, write the results; returns the exit code.
+
+    Returns:
+        0, or 1 where a row of `cells` could not be measured, or 130 where it was interrupted.
+    """
     study.output.mkdir(parents=True, exist_ok=True)
     replace_text(study.output / SETTINGS, json.dumps(study.settings, indent=2) + "\n")
     print(
         f"{study.title}\n  {', '.join(f'{key} {_short(value)}' for key, value in study.settings.items())}", flush=True
     )
-    try:
+
+    def measured() -> str:
+        return f"{sum(study.is_measured(name) for name, _ in cells)} of {len(cells)} rows are"
+
+    def measure_and_write() -> int:
         study.measure_all(cells)
-    except KeyboardInterrupt:
-        print(f"\nStopped. {len(study.rows.all())} of {len(cells)} rows are kept; the same command goes on.")
-        return 130
-    write()
-    print(f"Next: {next_step}")
-    return 0
+        write()
+        if all(study.is_measured(name) for name, _ in cells):
+            print(f"Next: {next_step}")
+            return 0
+        why = f"the notes of {study.output / TABLE} say what is not, and why"
+        print(f"Only {measured()} measured; {why}; the same command tries again.", file=sys.stderr, flush=True)
+        return 1
+
+    return until_interrupted(measure_and_write, lambda: f"{measured()} kept")
 
 
 def _short(value: Any) -> str:
@@ -204,7 +217,8 @@ def write_results(
     replace_text(study.output / RESULTS, json.dumps(report, indent=2) + "\n")
     replace_text(study.output / TABLE, _page(study, report, tables, figures, notes))
     written = [TABLE, RESULTS, ROWS, *(f"{name}.png" for name in figures)]
-    print(f"Measured {len(rows)} rows in {duration(took)}. Wrote to {study.output}: {', '.join(written)}", flush=True)
+    measured = sum("failure" not in row for row in rows)
+    print(f"Measured {measured} rows in {duration(took)}. Wrote to {study.output}: {', '.join(written)}", flush=True)
 
 
 def _clock_words(study: Study) -> str:

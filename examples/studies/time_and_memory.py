@@ -6,7 +6,8 @@
 
 Both models run in processes of their own and step in turn, so that what else the machine does meets both; the ratio is
 taken round by round. GreenSwin masks each image for itself and computes masks and plans inside the step. On a GPU:
-`python examples/benchmark.py training --device cuda`. Exit codes: 0 done, 2 wrong input, nothing written.
+`python examples/benchmark.py training --device cuda`. Exit codes: 0 done, 1 a point was not measured (the others are,
+and it is tried again at the next start), 2 wrong input, nothing written, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
     python examples/studies/window_and_decoder_cost.py             # the study; goes on where it was stopped
 
 Each model takes training steps in turn with the one that it is compared with (window 7, or one decoder block of width
-512), each in a process of its own. The quality that they reach is the matter of `quality.py`. Exit codes: 0 done, 2
-wrong input, nothing written.
+512), each in a process of its own. The quality that they reach is the matter of `quality.py`. Exit codes: 0 done, 1
+a model was not measured (the others are, and it is tried again at the next start), 2 wrong input, nothing written, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -208,7 +209,7 @@ def draw(rows: Sequence[Row]) -> Any:
         axes.set_ylim(bottom=0)
         title = "window 14" if kind == "window" else f"{kind}, {mine[0]['size']} px"
         label = "" if kind == "window" else kind
-        kit.finish(axes, label, f"over {kind} {DEFAULTS[kind]}", title, True)
+        kit.finish(axes, label, f"times that of {kind} {DEFAULTS[kind]}", title, True)
     return figure
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from evidence_study.cells import Cell, Cells
 from evidence_study.finetuning import build_classifier, finetune_for
+from evidence_study.folder import check_encoder
 from evidence_study.pretraining import build_masked_model, save_model, train_masked
 from evidence_study.probes import feature_function, probe
 from evidence_study.tasks import Task
@@ -57,6 +59,19 @@ def check_settings(cells: Cells, output: Path) -> None:
                 f"{output} holds a pretraining {name!r} with settings other than this version's; give another "
                 "--output-dir"
             )
+
+
+def check_encoders(run: Run, work: Sequence[tuple[str, int]]) -> None:
+    """Raise a `ValueError` where a pretraining is among the cells, its model is gone, and cells still need it.
+
+    Args:
+        work: settings and seeds that are to be completed.
+    """
+    for name, seed in work:
+        folder = run.encoder_folder(name, seed)
+        missing = [kind for kind in kinds_of(name) if run.cells.find(kind, name, seed) is None]
+        if folder and missing and "pretraining" not in missing:
+            check_encoder(folder, run.cells.path, name, seed)
 
 
 def complete(run: Run, name: str, seed: int) -> list[Cell]:
