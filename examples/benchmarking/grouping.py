@@ -248,7 +248,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[Row]]:
     if arguments.exact and importlib.util.find_spec("ortools") is None:
         raise WrongInput(
             "ortools, the exact solver to compare with, is not installed: "
-            "pip install green-swin-hf[test], or pass --no-exact"
+            "pip install green-swin-hf[studies], or pass --no-exact"
         )
     parts = {
         "one image": measure_grouping,

@@ -53,7 +53,7 @@ class Settings:
     windows: tuple[int, ...] = (7, 14)
     sizes: tuple[int, ...] = (224, 448)
     ratios: tuple[float, ...] = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
-    timed_ratios: tuple[float, ...] = (0.5, 0.75, 0.9)
+    timed_ratios: tuple[float, ...] = (0.5, 0.7, 0.75, 0.9)
     masks: int = 5
     rounds: int = 5
     threads: int = 1
