@@ -449,7 +449,11 @@ def test_ctrl_c_gives_the_running_study_the_time_to_say_what_is_kept(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])}
     command = [sys.executable, "-c", code]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, **pipes) as process:
+    # A shell starts what is in its background deaf to Ctrl-C, and tests may run there.
+    hear = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, start_new_session=True, preexec_fn=hear, **pipes
+    ) as process:
         deadline = time.monotonic() + 120
         while not (tmp_path / "started").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
