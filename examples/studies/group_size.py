@@ -338,7 +338,7 @@ def draw_curves(costs: Sequence[Row], times: Sequence[Row], settings: Settings) 
     """Ω (lines) and measured time (points) over those at p × p, a panel for each stage of each setting."""
     settings_of_rows = list(product(settings.windows, settings.sizes))
     figure, panels = kit.new_figure(len(settings_of_rows), 4, 3.3, 2.6)
-    drawn = settings.timed_ratios[:3]
+    drawn = settings.timed_ratios
     for line, (window, size) in zip(panels, settings_of_rows, strict=True):
         for stage, axes in enumerate(line, start=1):
             for index, ratio in enumerate(drawn):
@@ -357,7 +357,7 @@ def draw_curves(costs: Sequence[Row], times: Sequence[Row], settings: Settings) 
                 axes, "group size / p²" if is_last else "", "Ω or time over p × p" if stage == 1 else "", title, False
             )
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2 * len(drawn), fontsize=9)
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(drawn), fontsize=9)
     return figure
 
 
