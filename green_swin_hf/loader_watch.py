@@ -3,17 +3,23 @@
 A worker notes what it is on in memory that it shares with the training process: a few stores for each sample. A thread
 of the training process looks at the notes and kills a worker that has been on one sample for too long. The `timeout` of
 `DataLoader` is not enough: it does not hold while a batch is being received, for which the worker must answer.
+
+PyTorch's handler of SIGCHLD raises in the training process wherever that is when a worker dies: in the middle of the
+writing of a checkpoint, or where no `except` can catch it. Here it is asked only while a batch is waited for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.context import BaseContext
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -80,6 +86,30 @@ class _WorkerNotes:
         return [tuple(row) for row in self._rows.tolist()]
 
 
+class _DoneFlag:
+    """What `DataLoader` needs of `multiprocessing.Event`, without its lock.
+
+    A worker that is killed while it holds the lock keeps it for ever, and the training process would wait for it when
+    it ends the loader.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.zeros(1, dtype=torch.bool).share_memory_()
+
+    def set(self) -> None:
+        self._memory.fill_(True)
+
+    def is_set(self) -> bool:
+        return bool(self._memory)
+
+
+def _context_with_flags() -> BaseContext:
+    """That of this process, with `_DoneFlag` in the place of events."""
+    context: Any = copy.copy(multiprocessing.get_context())
+    context.Event = _DoneFlag
+    return context
+
+
 class _NotedImages(Dataset[Any]):
     """A map-style data set whose workers note the key that they are on."""
 
@@ -132,10 +162,12 @@ class LoaderWatch:
         self._workers: dict[int, Any] = {}
         self._hung: tuple[int, int, int] | None = None
         self._is_over = threading.Event()
+        self._is_waiting = self._has_child_ended = False
+        self._handler: Any = None  # PyTorch's, while ours is in its place
         if num_workers:
             noted = _NotedStream if isinstance(images, IterableDataset) else _NotedImages
             images = noted(images, self._notes)
-            options["worker_init_fn"] = self._notes.begin
+            options |= {"worker_init_fn": self._notes.begin, "multiprocessing_context": _context_with_flags()}
         self.loader: DataLoader[Any] = DataLoader(
             images, num_workers=num_workers, timeout=_BATCH_FACTOR * self.timeout, **options
         )
@@ -146,9 +178,30 @@ class LoaderWatch:
         batches = iter(self.loader)  # starts the workers, before the thread
         started = [child for child in multiprocessing.active_children() if child.pid not in others]
         self._workers = {child.pid: child for child in started if child.pid}
+        if self._workers and threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+            self._handler = signal.signal(signal.SIGCHLD, self._hear_child)
         if self.timeout:
             threading.Thread(target=self._look, daemon=True).start()
-        return batches
+        return self._wait_for(batches)
+
+    def _wait_for(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            try:
+                self._is_waiting = True
+                if self._has_child_ended and self._dead_workers():  # since the last batch
+                    raise RuntimeError("DataLoader worker is gone")
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self._is_waiting = False
+            yield batch
+
+    def _hear_child(self, number: int, frame: FrameType | None) -> None:
+        """A child of this process has ended, perhaps a worker."""
+        self._has_child_ended = True
+        if self._is_waiting and callable(self._handler):
+            self._handler(number, frame)  # raises where a worker died
 
     def _look(self) -> None:
         """Kill a worker that has been on one sample for too long, which ends the loader."""
@@ -170,28 +223,21 @@ class LoaderWatch:
     def explained(self) -> Iterator[None]:
         """Within it the end of a worker is a `LoaderError` that names its sample; after it no worker is left.
 
-        It can come at any moment, not only while a batch is waited for, and wrapped in other errors.
+        It shows when the next batch is waited for, and may be wrapped in other errors.
         """
-        with contextlib.ExitStack() as deafness:
-
-            def end_watching() -> None:
-                self._is_over.set()
-                deafness.enter_context(_deaf_to_children())
-
-            try:
-                try:
-                    yield
-                finally:
-                    end_watching()
-            except Exception as error:
-                end_watching()  # again: torch's handler, which raises once for a loader, may have interrupted it
-                reason = self._explain(error)
-                if reason is None:
-                    raise
-                raise LoaderError(reason) from error
-            finally:
-                end_watching()
-                self._end_workers()
+        try:
+            yield
+        except Exception as error:
+            reason = self._explain(error)
+            if reason is None:
+                raise
+            raise LoaderError(reason) from error
+        finally:
+            self._is_over.set()
+            self._end_workers()
+            if self._handler is not None:
+                signal.signal(signal.SIGCHLD, self._handler)
+                self._handler = None
 
     def _explain(self, error: Exception) -> str | None:
         """What befell a worker, in words; None where all are well."""
@@ -229,19 +275,6 @@ class LoaderWatch:
         for worker in self._workers.values():
             worker.kill()
             worker.join(_JOIN_SECONDS)
-
-
-@contextlib.contextmanager
-def _deaf_to_children() -> Iterator[None]:
-    """Within it torch's handler does not raise at the end of a worker."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        yield
-        return
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
 
 
 def _how(exit_code: int | None) -> str:

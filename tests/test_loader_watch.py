@@ -1,7 +1,9 @@
 """A loader's worker that dies or hangs: named with its sample, in time, and nothing of it left behind."""
 
+import contextlib
 import functools
 import multiprocessing
+import multiprocessing.synchronize
 import os
 import signal
 import time
@@ -12,7 +14,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from green_swin_hf import loader_watch
-from green_swin_hf.loader_watch import LoaderError, LoaderWatch, _WorkerNotes
+from green_swin_hf.loader_watch import LoaderError, LoaderWatch, _DoneFlag, _WorkerNotes
 from green_swin_hf.stop_signals import SIGNALS
 
 TIMEOUT = 60.0
@@ -105,34 +107,71 @@ def test_a_stream_is_watched_too():
         read_all(watch)
 
 
-def read_in_vain(watch):
-    try:
-        list(watch)
-    except RuntimeError as error:  # as where it interrupts the writing of a checkpoint
-        raise OSError("cannot be written") from error
+def first_batch_then_no_worker(watch):
+    """The iterator after its first batch, when all workers were killed and this process has heard of it."""
+    batches = iter(watch)
+    next(batches)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        while worker.exitcode is None:
+            time.sleep(0.01)
+    time.sleep(0.1)  # a pending handler would run here
+    return batches
 
 
-def test_an_end_that_shows_in_another_error_is_told():
-    watch = LoaderWatch(Numbers(signalled("SIGKILL")), num_workers=1, timeout=TIMEOUT, batch_size=1)
-    with pytest.raises(LoaderError, match="picture 33"), watch.explained():
-        read_in_vain(watch)
+def work_then_ask(watch, done):
+    batches = first_batch_then_no_worker(watch)
+    done.append("work")
+    next(batches)
 
 
-def test_an_end_that_shows_while_another_error_is_handled_is_told(monkeypatch):
-    """torch's handler may raise at any instruction, also after what the worker's closed connection raised."""
-    watch = LoaderWatch(Numbers(signalled("SIGKILL")), num_workers=1, timeout=TIMEOUT, batch_size=1)
-    say_over, late = watch._is_over.set, [RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")]
-
-    def interrupted():
-        if late:
-            raise late.pop()
-        say_over()
-
-    monkeypatch.setattr(watch._is_over, "set", interrupted)
-    with pytest.raises(LoaderError, match="picture 33"), watch.explained():
-        read_in_vain(watch)
-    assert not late
+def test_the_end_of_a_worker_interrupts_nothing_else_and_shows_at_the_next_batch():
+    """As where a checkpoint is being written meanwhile."""
+    watch, done = LoaderWatch(Numbers(), num_workers=2, timeout=TIMEOUT, batch_size=1), []
+    with pytest.raises(LoaderError, match=r"died .*SIGKILL"), watch.explained():
+        work_then_ask(watch, done)
+    assert done == ["work"]
     assert multiprocessing.active_children() == []
+
+
+def write_in_vain(watch):
+    first_batch_then_no_worker(watch)
+    raise OSError("cannot be written")
+
+
+def test_the_end_of_a_worker_is_told_where_another_error_shows_first():
+    """Closed connections of a worker raise, too, a moment before its end is known."""
+    watch = LoaderWatch(Numbers(), num_workers=2, timeout=TIMEOUT, batch_size=1)
+    with pytest.raises(LoaderError, match=r"died .*SIGKILL"), watch.explained():
+        write_in_vain(watch)
+    assert multiprocessing.active_children() == []
+
+
+def test_a_worker_that_is_killed_in_the_lock_of_an_event_holds_nothing_up(monkeypatch):
+    """As the other workers may be when one has died; PyTorch would wait for the lock when it ends its loader."""
+
+    def die_in_it(event):
+        with event._cond:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def read_and_end():
+        with contextlib.suppress(LoaderError):
+            read_all(LoaderWatch(Numbers(signalled("SIGKILL")), num_workers=1, timeout=TIMEOUT, batch_size=4))
+        os._exit(0)
+
+    monkeypatch.setattr(multiprocessing.synchronize.Event, "is_set", die_in_it)
+    process = multiprocessing.get_context("fork").Process(target=read_and_end)
+    process.start()
+    process.join(TIMEOUT)
+    process.kill()
+    assert process.exitcode == 0
+
+
+def test_the_handler_of_children_is_put_back():
+    list(LoaderWatch(Numbers(), num_workers=1, timeout=TIMEOUT, batch_size=4).loader)  # PyTorch sets its own once
+    before = signal.getsignal(signal.SIGCHLD)
+    assert read_all(LoaderWatch(Numbers(), num_workers=1, timeout=TIMEOUT, batch_size=4)) == list(range(40))
+    assert signal.getsignal(signal.SIGCHLD) is before
 
 
 def test_workers_leave_the_signals_of_a_queue_to_the_training_process():
@@ -167,6 +206,14 @@ def test_notes_are_shared_with_workers_that_are_not_forked():
     (process, key, _), idle = notes.rows()[1], notes.rows()[0]
     assert (process, key) == (os.getpid(), 5)
     assert idle[0] == 0
+
+
+def test_the_flag_is_shared_with_workers_that_are_not_forked():
+    flag = _DoneFlag()
+    other = ForkingPickler.loads(ForkingPickler.dumps(flag))
+    assert not other.is_set()
+    flag.set()
+    assert other.is_set()
 
 
 def test_workers_that_were_stopped_with_all_the_rest_are_not_hung(monkeypatch):
