@@ -7,7 +7,8 @@
 
 Every number stands beside its baselines (raw pixels, an encoder with random weights, training from scratch until its
 validation curve is flat) and is repeated for each seed. Each finished number is kept in `cells.jsonl` at once and never
-computed again; tables, picture and `results.json` follow after every seed. Every key of a recipe is a flag as well.
+computed again; a training under way is kept every five minutes in `unfinished/`. Tables, picture and `results.json`
+follow after every seed. Every key of a recipe is a flag as well.
 Exit codes: 0 done, 2 wrong input, nothing written, 130 interrupted.
 """
 
@@ -34,12 +35,14 @@ from evidence_study.pretraining import pretrain
 from evidence_study.probes import feature_function, probe
 from evidence_study.recipe import EvidenceRecipe
 from evidence_study.tasks import Task, load_task
+from evidence_study.unfinished import KEPT_EVERY, Unfinished
 from transformers.utils import logging as transformers_logging
 
 from green_swin_hf.labelled_images import label_budget
 from green_swin_hf.recipe_files import add_recipe_flags, flag_overrides, load_recipe, save_recipe
 from green_swin_hf.training import OneLineParser, check_output_folder, one_line_errors
 
+KEPT_ON_CTRL_C = f"Finished cells are kept, and at most {KEPT_EVERY / 60:g} minutes of a training are lost"
 DEFAULT_RECIPE = Path(__file__).resolve().parent / "recipes" / "evidence" / "placed_embedded.yaml"
 QUICK_RECIPE = DEFAULT_RECIPE.with_name("quick.yaml")
 DEFAULT_OUTPUT, QUICK_OUTPUT = Path("outputs/evidence"), Path("outputs/evidence_quick")
@@ -65,7 +68,7 @@ class Study:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return until_interrupted(functools.partial(run_study, argv), lambda: "Finished cells are kept")
+    return until_interrupted(functools.partial(run_study, argv), lambda: KEPT_ON_CTRL_C)
 
 
 def run_study(argv: list[str] | None) -> int:
@@ -159,16 +162,23 @@ def run_seed(study: Study, seed: int) -> None:
 
 def run_cell(
     study: Study,
-    make: Callable[[], Cell],
+    make: Callable[[Unfinished], Cell],
     kind: str,
     arm: str,
     seed: int,
     budget: float | None = None,
     learning_rate: float | None = None,
 ) -> Cell:
-    """The cell as it was kept, or a new one."""
+    """The cell as it was kept, or a new one, whose training goes on where it was interrupted."""
     kept = study.cells.find(kind, arm, seed, budget, learning_rate)
-    return kept or keep(study, {"kind": kind, "arm": arm, "seed": seed, "budget": budget, **make()})
+    if kept:
+        return kept
+    parts = [f"{part:g}" for part in (budget, learning_rate) if part is not None]
+    path = study.output / "unfinished" / f"{'-'.join([kind, arm, str(seed), *parts])}.pt"
+    unfinished = Unfinished(path, f"{kind}, {arm}, seed {seed}")
+    cell = keep(study, {"kind": kind, "arm": arm, "seed": seed, "budget": budget, **make(unfinished)})
+    unfinished.remove()
+    return cell
 
 
 def keep(study: Study, cell: Cell) -> Cell:
@@ -181,12 +191,12 @@ def keep(study: Study, cell: Cell) -> Cell:
     return cell
 
 
-def pretraining_cell(study: Study, arm: str, seed: int) -> Cell:
+def pretraining_cell(study: Study, arm: str, seed: int, unfinished: Unfinished) -> Cell:
     folder, method = study.encoder_folder(arm, seed), ARMS[arm].method
     assert folder is not None
     assert method is not None
     epochs = epochs_of(study, ARMS[arm], seed)
-    return pretrain(method, study.recipe, study.task, seed, folder, study.device, epochs)
+    return pretrain(method, study.recipe, study.task, seed, folder, study.device, epochs, unfinished)
 
 
 def epochs_of(study: Study, arm: Arm, seed: int) -> float:
@@ -229,7 +239,9 @@ def possible_rates(study: Study, arm: str, budget: float, seed: int) -> Iterable
     return learning_rates(study, arm, budget, seed) if is_chosen else grid
 
 
-def finetuning_cell(study: Study, arm: str, seed: int, budget: float, learning_rate: float) -> Cell:
+def finetuning_cell(
+    study: Study, arm: str, seed: int, budget: float, learning_rate: float, unfinished: Unfinished
+) -> Cell:
     recipe, rows = study.recipe, study.labelled_rows(budget, seed)
     model = build_classifier(recipe, len(study.task.class_names), seed, study.encoder_folder(arm, seed))
     result = finetune(
@@ -242,6 +254,7 @@ def finetuning_cell(study: Study, arm: str, seed: int, budget: float, learning_r
         seed=seed,
         device=study.device,
         title=f"fine-tuning, {arm}, {len(rows):,} labels, seed {seed}, rate {learning_rate:g}",
+        unfinished=unfinished,
     )
     return {"labels": len(rows), "learning_rate": learning_rate, **result}
 

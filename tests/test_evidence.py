@@ -1,5 +1,6 @@
 """The study of what pretraining is worth: its parts on tiny numbers, its rules, and what it says to wrong input."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,12 +12,13 @@ import pytest
 import torch
 from evidence_study.arms import ARMS
 from evidence_study.cells import Cells
-from evidence_study.finetuning import FlatCurve, build_classifier, updates_between_looks
+from evidence_study.finetuning import FlatCurve, build_classifier, finetune, updates_between_looks
 from evidence_study.placed import Placement, place_garments, prepare_photo, silhouettes
-from evidence_study.pretraining import build_masked_model, masks_for, swin_config
+from evidence_study.pretraining import build_masked_model, masks_for, pretrain, swin_config
 from evidence_study.recipe import EvidenceRecipe
 from evidence_study.report import NOT_FLAT_LABEL, draw, gains, percent, tables
 from evidence_study.tasks import load_task, vary, with_margin
+from evidence_study.unfinished import Unfinished
 from test_examples import load_script
 from transformers import SwinForMaskedImageModeling
 
@@ -110,6 +112,99 @@ def test_an_interrupted_study_computes_what_is_missing(evidence, finished, monke
     assert len(lines_of(finished)) == len(whole.splitlines())
 
 
+# Trainings that go on
+
+
+class StopsAfter(Unfinished):
+    """Keeps the state after each update, and interrupts the training after so many."""
+
+    def __init__(self, path, updates):
+        super().__init__(path, "training", every=0)
+        self.updates = updates
+
+    def keep(self, make_state):
+        super().keep(make_state)
+        self.updates -= 1
+        if self.updates == 0:
+            raise KeyboardInterrupt
+
+
+def interrupted(train, path, updates):
+    """What `train` gives in two starts, the first of which ends after so many updates."""
+    with pytest.raises(KeyboardInterrupt):
+        train(StopsAfter(path, updates))
+    return train(StopsAfter(path, -1))
+
+
+def without_time(result):
+    return {key: value for key, value in result.items() if key not in ("seconds", "cpu_seconds")}
+
+
+@pytest.mark.parametrize("method", ["green", "dense"])
+def test_an_interrupted_pretraining_gives_the_same_model(quick_recipe, task, tmp_path, method):
+    def train(unfinished):
+        return pretrain(method, quick_recipe, task, 3, tmp_path / "model", torch.device("cpu"), 3, unfinished)
+
+    def weights():
+        return (tmp_path / "model" / "model.safetensors").read_bytes()
+
+    result, expected = train(None), weights()
+    assert result["steps"] % 3 == 0
+    for updates in (1, result["steps"] // 3, result["steps"] // 3 + 1, result["steps"]):  # on and beside a pass's end
+        path = tmp_path / f"{updates}.pt"
+        assert without_time(interrupted(train, path, updates)) == without_time(result)
+        assert weights() == expected
+
+
+def test_an_interrupted_finetuning_gives_the_same_curve_and_weights(quick_recipe, task, tmp_path):
+    recipe = dataclasses.replace(quick_recipe, evaluate_every=4, patience=2, max_steps=60)
+    labelled, models = task.train.rows(range(70)), []
+
+    def train(unfinished):
+        models.append(build_classifier(recipe, 10, 0, None))
+        shared = {"learning_rate": 1e-3, "layer_decay": 1.0, "seed": 3, "device": torch.device("cpu")}
+        return finetune(models[-1], recipe, task, labelled, **shared, unfinished=unfinished)
+
+    result, expected = train(None), models[-1].state_dict()
+    assert result["is_flat"]
+    for updates in range(1, result["steps"], 5):  # before the first look, at one, after the learning rate fell
+        path = tmp_path / f"{updates}.pt"
+        assert without_time(interrupted(train, path, updates)) == without_time(result)
+        for name, weights in models[-1].state_dict().items():
+            assert torch.equal(weights, expected[name])
+
+
+def test_the_time_of_both_starts_counts(quick_recipe, task, tmp_path):
+    unfinished = StopsAfter(tmp_path / "state.pt", -1)
+    arguments = ("green", quick_recipe, task, 3, tmp_path / "model", torch.device("cpu"), 1)
+    pretrain(*arguments, unfinished)
+    state = torch.load(unfinished.path)
+    torch.save(state | {"time": {"seconds": 1000.0, "cpu_seconds": 500.0}}, unfinished.path)
+    result = pretrain(*arguments, unfinished)
+    assert result["seconds"] >= 1000
+    assert result["cpu_seconds"] >= 500
+
+
+def test_a_study_goes_on_in_the_middle_of_a_training(evidence, finished, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(finished, tmp_path / "study")
+    lines = (folder / "cells.jsonl").read_text().splitlines(keepends=True)
+    (folder / "cells.jsonl").write_text("".join(lines[:-1]))
+    monkeypatch.setattr(evidence, "Unfinished", lambda path, title: StopsAfter(path, 3))
+    assert evidence.main(["--output-dir", str(folder)]) == 130
+    (left,) = (folder / "unfinished").iterdir()
+    monkeypatch.setattr(evidence, "Unfinished", Unfinished)
+    assert evidence.main(["--output-dir", str(folder)]) == 0
+    assert "going on with finetune, green_equal, seed 0 after 3 updates" in capsys.readouterr().out
+    assert without_time(lines_of(folder)[-1]) == without_time(json.loads(lines[-1]))
+    assert not left.exists()
+
+
+def test_a_state_that_cannot_be_written_does_not_end_a_training(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    Unfinished(tmp_path / "file" / "state.pt", "training", every=0).keep(lambda: {"step": 1})
+    assert "training goes on without its state being kept" in capsys.readouterr().out
+
+
 def stop(*_, **__):
     raise KeyboardInterrupt
 
@@ -121,7 +216,8 @@ def test_an_interrupted_study_ends_in_one_line_and_keeps_its_cells(evidence, fin
     monkeypatch.setattr(evidence, "finetune", stop)
     assert evidence.main(["--output-dir", str(folder)]) == 130
     out = capsys.readouterr().out
-    assert out.endswith("\nStopped. Finished cells are kept; the same command goes on.\n")
+    kept = "Finished cells are kept, and at most 5 minutes of a training are lost"
+    assert out.endswith(f"\nStopped. {kept}; the same command goes on.\n")
     assert (folder / "cells.jsonl").read_text() == "".join(lines[:-1])
     monkeypatch.setattr(evidence, "load_task", stop)  # before any cell
     assert evidence.main(["--output-dir", str(folder)]) == 130

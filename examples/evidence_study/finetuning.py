@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from green_swin_hf.optimization import build_optimizer, cosine_schedule
 from .pretraining import MAX_GRAD_NORM, Stopwatch
 from .recipe import EvidenceRecipe, StudyRecipe
 from .tasks import Split, Task, shuffled
+from .unfinished import State, Unfinished
 
 _HEAD, _ORDER, _IMAGES, _DROP_PATH = 11, 12, 13, 14
 WARMUP_STEPS = 50
@@ -57,6 +58,60 @@ class FlatCurve:
         return "lower"
 
 
+@dataclass
+class Course:
+    """How far a fine-tuning has come.
+
+    Attributes:
+        rule: that ends it.
+        step: updates done.
+        curve: validation accuracies so far.
+        best_step: of the best of them.
+        best_weights: of the model after `best_step`.
+    """
+
+    rule: FlatCurve
+    step: int = 0
+    curve: list[float] = field(default_factory=list)
+    best_step: int = 0
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def look(self, model: nn.Module, value: float) -> str:
+        """Take a validation accuracy; returns what `rule` says, which `model` has followed."""
+        self.curve.append(value)
+        decision = self.rule.look(value)
+        if decision == "better":
+            self.best_step = self.step
+            self.best_weights = {name: weights.clone() for name, weights in model.state_dict().items()}
+        elif decision == "lower":
+            model.load_state_dict(self.best_weights)  # the small steps start at the best point of the large ones
+        return decision
+
+    def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+        own = {name: getattr(self, name) for name in ("step", "curve", "best_step", "best_weights")}
+        return {**own, "rule": asdict(self.rule), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+    def restore(self, state: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for name in ("step", "curve", "best_step", "best_weights"):
+            setattr(self, name, state[name])
+        self.rule = FlatCurve(**state["rule"])
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+
+
+def _random_state(generator: torch.Generator, device: torch.device) -> dict[str, Tensor | None]:
+    """Of the images' variations and of stochastic depth."""
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"images": generator.get_state(), "cpu": torch.get_rng_state(), "cuda": on_device}
+
+
+def _set_random_state(state: dict[str, Tensor], generator: torch.Generator, device: torch.device) -> None:
+    generator.set_state(state["images"])
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
 def build_classifier(
     recipe: StudyRecipe, num_classes: int, seed: int, pretrained: Path | None
 ) -> GreenSwinForImageClassification:
@@ -83,8 +138,12 @@ def finetune(
     seed: int,
     device: torch.device,
     title: str = "",
+    unfinished: Unfinished | None = None,
 ) -> dict[str, Any]:
     """Train `model` until its validation curve is flat; it is left with the weights that were best on validation.
+
+    Args:
+        unfinished: where the state is kept, and gone on from.
 
     Returns:
         `validation` and `test` accuracy of those weights, `best_step` they are of, `steps` in all, `is_flat` (False:
@@ -95,40 +154,49 @@ def finetune(
         model, learning_rate, weight_decay=recipe.weight_decay, layer_decay=layer_decay, betas=(0.9, 0.999)
     )
     peaks = [group["lr"] for group in optimizer.param_groups]
-    rule, curve, stopwatch = FlatCurve(recipe.patience), [], Stopwatch()
-    best_step, kept = 0, {}
     batch_size = min(recipe.finetune_batch_size, len(labelled))
     every = updates_between_looks(recipe, len(labelled) // batch_size)
-    batches = _batches(task, labelled, batch_size, seed, device)
-    bar = tqdm(total=recipe.max_steps, desc=title, mininterval=1, leave=False)
+    course, generator, before = Course(FlatCurve(recipe.patience)), seeded_generator(seed, _IMAGES), None
     with torch.random.fork_rng():
         torch.manual_seed(seeded_generator(seed, _DROP_PATH).initial_seed())
-        for step in range(1, recipe.max_steps + 1):
-            factor = min(1.0, step / WARMUP_STEPS) * (LOWER if rule.has_fallen else 1.0)
+        if unfinished and (state := unfinished.load()):
+            course.restore(state, model, optimizer)
+            _set_random_state(state["random"], generator, device)
+            before = state["time"]
+        batches, stopwatch = (
+            _batches(task, labelled, batch_size, seed, generator, device, course.step),
+            Stopwatch(before),
+        )
+
+        def state_now() -> State:
+            return course.state(model, optimizer) | {
+                "random": _random_state(generator, device),
+                "time": stopwatch.read(),
+            }
+
+        bar = tqdm(total=recipe.max_steps, initial=course.step, desc=title, mininterval=1, leave=False)
+        decision = "go on"
+        while course.step < recipe.max_steps and decision != "stop":
+            course.step += 1
+            factor = min(1.0, course.step / WARMUP_STEPS) * (LOWER if course.rule.has_fallen else 1.0)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
             _update(model, optimizer, *next(batches))
             bar.update()
-            if step % every and step < recipe.max_steps:
-                continue
-            curve.append(accuracy(model, task, task.validation, device))
-            bar.set_postfix(validation=f"{curve[-1]:.3f}", refresh=False)
-            decision = rule.look(curve[-1])
-            if decision == "better":
-                best_step, kept = step, {name: value.clone() for name, value in model.state_dict().items()}
-            elif decision == "lower":
-                model.load_state_dict(kept)  # the small steps start at the best point of the large ones
-            elif decision == "stop":
-                break
+            if course.step % every == 0 or course.step == recipe.max_steps:
+                decision = course.look(model, accuracy(model, task, task.validation, device))
+                bar.set_postfix(validation=f"{course.curve[-1]:.3f}", refresh=False)
+            if unfinished and decision != "stop":
+                unfinished.keep(state_now)
     bar.close()
-    model.load_state_dict(kept)
+    model.load_state_dict(course.best_weights)
     return {
-        "validation": rule.best,
+        "validation": course.rule.best,
         "test": accuracy(model, task, task.test, device),
-        "best_step": best_step,
-        "steps": step,
+        "best_step": course.best_step,
+        "steps": course.step,
         "is_flat": decision == "stop",
-        "curve": [round(value, 4) for value in curve],
+        "curve": [round(value, 4) for value in course.curve],
         **stopwatch.read(),
     }
 
@@ -153,7 +221,8 @@ def finetune_for(
     model.to(device)
     optimizer = build_optimizer(model, learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.999))
     schedule = cosine_schedule(optimizer, min(WARMUP_STEPS, updates), updates)
-    batches = _batches(task, labelled, min(recipe.finetune_batch_size, len(labelled)), seed, device)
+    batch_size, generator = min(recipe.finetune_batch_size, len(labelled)), seeded_generator(seed, _IMAGES)
+    batches = _batches(task, labelled, batch_size, seed, generator, device)
     stopwatch = Stopwatch()
     with torch.random.fork_rng():
         torch.manual_seed(seeded_generator(seed, _DROP_PATH).initial_seed())
@@ -172,16 +241,27 @@ def updates_between_looks(recipe: EvidenceRecipe, updates_of_a_pass: int) -> int
 
 
 def _batches(
-    task: Task, labelled: Split, batch_size: int, seed: int, device: torch.device
+    task: Task,
+    labelled: Split,
+    batch_size: int,
+    seed: int,
+    generator: torch.Generator,
+    device: torch.device,
+    done: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of pixels and labels without end, all of one size; the rest of a pass is left out."""
-    generator, epoch = seeded_generator(seed, _IMAGES), 0
+    """Batches of pixels and labels without end, all of one size; the rest of a pass is left out.
+
+    Args:
+        generator: of the variations of images.
+        done: batches that are not given, as they were in an earlier start.
+    """
+    epoch, first = divmod(done, len(labelled) // batch_size)
     while True:
         order = shuffled(len(labelled), seed + _ORDER, epoch)
-        for start in range(0, len(labelled) - batch_size + 1, batch_size):
+        for start in range(first * batch_size, len(labelled) - batch_size + 1, batch_size):
             part = labelled.rows(order[start : start + batch_size])
             yield task.varied(part.images, generator).to(device), part.labels.to(device)
-        epoch += 1
+        epoch, first = epoch + 1, 0
 
 
 def _update(model: nn.Module, optimizer: torch.optim.Optimizer, pixels: Tensor, labels: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from green_swin_hf.optimization import build_optimizer, cosine_schedule
 
 from .recipe import EvidenceRecipe, StudyRecipe
 from .tasks import Task, shuffled
+from .unfinished import State, Unfinished
 
 # Streams of random numbers that must not be the same for one seed.
 _WEIGHTS, _ORDER, _IMAGES = 1, 2, 3
@@ -31,10 +33,15 @@ class Stopwatch:
     """Seconds since it was made: by the wall clock, and those that this process was computing.
 
     On the CPU the second does not count the time that other processes took, or for which this one was stopped.
+
+    Args:
+        before: what another one read, to go on from.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: dict[str, float] | None = None) -> None:
         self.wall, self.busy = time.perf_counter(), time.process_time()
+        if before:
+            self.wall, self.busy = self.wall - before["seconds"], self.busy - before["cpu_seconds"]
 
     def read(self) -> dict[str, float]:
         wall, busy = time.perf_counter() - self.wall, time.process_time() - self.busy
@@ -72,9 +79,19 @@ DrawMasks = Callable[[int, torch.Generator], Tensor]
 
 
 def pretrain(
-    method: str, recipe: EvidenceRecipe, task: Task, seed: int, folder: Path, device: torch.device, epochs: float
+    method: str,
+    recipe: EvidenceRecipe,
+    task: Task,
+    seed: int,
+    folder: Path,
+    device: torch.device,
+    epochs: float,
+    unfinished: Unfinished | None = None,
 ) -> dict[str, Any]:
-    """Pretrain on the training images and save the model to `folder`; returns what a cell keeps of it."""
+    """Pretrain on the training images and save the model to `folder`; returns what a cell keeps of it.
+
+    It goes on from the state in `unfinished`, if there is one, and keeps its own there.
+    """
     is_green, config = method == "green", recipe.model_config()
     model = build_masked_model(method, config, seed)
     ratio = recipe.mask_ratio if is_green else recipe.dense_mask_ratio
@@ -85,7 +102,7 @@ def pretrain(
 
     peak = recipe.learning_rate if is_green else recipe.dense_learning_rate
     title = f"pretraining, {method}, seed {seed}"
-    result = train_masked(model, draw_masks, recipe, task, seed, device, epochs, peak, title)
+    result = train_masked(model, draw_masks, recipe, task, seed, device, epochs, peak, title, unfinished)
     save_model(model, folder)
     return result
 
@@ -100,6 +117,7 @@ def train_masked(
     epochs: float,
     learning_rate: float,
     title: str,
+    unfinished: Unfinished | None = None,
 ) -> dict[str, Any]:
     """Train a model by masked image modeling on the training images; returns what a cell keeps of it.
 
@@ -107,6 +125,7 @@ def train_masked(
         draw_masks: masks for so many images, as the model takes them.
         learning_rate: the peak.
         title: of the progress bar.
+        unfinished: where the state is kept, and gone on from.
     """
     model.to(device).train()
     images = task.unlabelled
@@ -116,10 +135,23 @@ def train_masked(
     optimizer = build_optimizer(model, learning_rate, weight_decay=recipe.weight_decay)
     schedule = cosine_schedule(optimizer, math.ceil(recipe.warmup * steps), steps)
     generator = seeded_generator(seed, _IMAGES)
-    losses, stopwatch = torch.empty(steps, device=device), Stopwatch()
-    for step in tqdm(range(steps), desc=title, mininterval=1, leave=False):
+    losses, done, before = torch.empty(steps, device=device), 0, None
+    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    if unfinished and (state := unfinished.load()):
+        for name, part in stateful.items():
+            part.load_state_dict(state[name])
+        generator.set_state(state["generator"])
+        done, before = state["step"], state["time"]
+        losses[:done] = state["losses"].to(device)
+    stopwatch = Stopwatch(before)
+
+    def state_after(step: int) -> State:
+        own = {"step": step, "time": stopwatch.read(), "generator": generator.get_state(), "losses": losses[:step]}
+        return own | {name: part.state_dict() for name, part in stateful.items()}
+
+    for step in tqdm(range(done, steps), desc=title, initial=done, total=steps, mininterval=1, leave=False):
         epoch, place = divmod(step, per_epoch)
-        if place == 0:
+        if place == 0 or step == done:
             order = shuffled(len(images), seed + _ORDER, epoch)
         rows = order[place * batch_size : (place + 1) * batch_size]
         pixels = task.varied(images[rows], generator).to(device)
@@ -130,6 +162,8 @@ def train_masked(
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         losses[step] = loss.detach()
+        if unfinished:
+            unfinished.keep(functools.partial(state_after, step + 1))
     if device.type == "cuda":
         torch.cuda.synchronize()
     return {"steps": steps, "epochs": epochs, **stopwatch.read(), "losses": _thinned(losses)}
