@@ -42,7 +42,7 @@ from green_swin_hf.labelled_images import label_budget
 from green_swin_hf.recipe_files import add_recipe_flags, flag_overrides, load_recipe, save_recipe
 from green_swin_hf.training import OneLineParser, check_output_folder, one_line_errors
 
-KEPT_ON_CTRL_C = f"Finished cells are kept, and at most {KEPT_EVERY / 60:g} minutes of a training are lost"
+KEPT_ON_CTRL_C = f"Finished cells are kept, and a training under way as it was up to {KEPT_EVERY / 60:g} minutes ago"
 DEFAULT_RECIPE = Path(__file__).resolve().parent / "recipes" / "evidence" / "placed_embedded.yaml"
 QUICK_RECIPE = DEFAULT_RECIPE.with_name("quick.yaml")
 DEFAULT_OUTPUT, QUICK_OUTPUT = Path("outputs/evidence"), Path("outputs/evidence_quick")
@@ -170,13 +170,12 @@ def run_cell(
     learning_rate: float | None = None,
 ) -> Cell:
     """The cell as it was kept, or a new one, whose training goes on where it was interrupted."""
-    kept = study.cells.find(kind, arm, seed, budget, learning_rate)
-    if kept:
-        return kept
-    parts = [f"{part:g}" for part in (budget, learning_rate) if part is not None]
-    path = study.output / "unfinished" / f"{'-'.join([kind, arm, str(seed), *parts])}.pt"
-    unfinished = Unfinished(path, f"{kind}, {arm}, seed {seed}")
-    cell = keep(study, {"kind": kind, "arm": arm, "seed": seed, "budget": budget, **make(unfinished)})
+    numbers = [f"{number:g}" for number in (seed, budget, learning_rate) if number is not None]
+    title = f"{kind} {arm}, " + ", ".join(map(" ".join, zip(("seed", "budget", "rate"), numbers, strict=False)))
+    unfinished = Unfinished(study.output / "unfinished" / "-".join([kind, arm, *numbers]), title)
+    cell = study.cells.find(kind, arm, seed, budget, learning_rate)
+    if cell is None:
+        cell = keep(study, {"kind": kind, "arm": arm, "seed": seed, "budget": budget, **make(unfinished)})
     unfinished.remove()
     return cell
 

@@ -5,7 +5,7 @@ of the training process looks at the notes and kills a worker that has been on o
 `DataLoader` is not enough: it does not hold while a batch is being received, for which the worker must answer.
 
 PyTorch's handler of SIGCHLD raises in the training process wherever that is when a worker dies: in the middle of the
-writing of a checkpoint, or where no `except` can catch it. Here it is asked only while a batch is waited for.
+writing of a checkpoint, or where no `except` can catch it. Here the end of a watched worker waits for the next batch.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class LoaderWatch:
         num_workers: of the loader; without any there is nobody to watch.
         timeout: seconds on one sample after which a worker counts as hung (seen within a second more). Ten times as
             long without a batch ends the loader, too, for what hangs outside of samples. 0: no limit.
-        options: of `DataLoader`.
+        options: of `DataLoader`, but for `worker_init_fn` and `multiprocessing_context`.
 
     Attributes:
         loader: the `DataLoader`.
@@ -178,7 +178,8 @@ class LoaderWatch:
         batches = iter(self.loader)  # starts the workers, before the thread
         started = [child for child in multiprocessing.active_children() if child.pid not in others]
         self._workers = {child.pid: child for child in started if child.pid}
-        if self._workers and threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+        is_heard = threading.current_thread() is threading.main_thread() and hasattr(os, "waitid")  # not on Windows
+        if self._workers and self._handler is None and is_heard:
             self._handler = signal.signal(signal.SIGCHLD, self._hear_child)
         if self.timeout:
             threading.Thread(target=self._look, daemon=True).start()
@@ -198,10 +199,16 @@ class LoaderWatch:
             yield batch
 
     def _hear_child(self, number: int, frame: FrameType | None) -> None:
-        """A child of this process has ended, perhaps a worker."""
+        """A child of this process has ended, perhaps a worker, perhaps one of another loader."""
         self._has_child_ended = True
-        if self._is_waiting and callable(self._handler):
-            self._handler(number, frame)  # raises where a worker died
+        is_heard = self._is_waiting or not any(map(_has_failed, self._workers))
+        if is_heard and not self._is_over.is_set():
+            self._ask_handler(number, frame)
+
+    def _ask_handler(self, number: int, frame: FrameType | None) -> None:
+        """Let PyTorch raise a `RuntimeError` where a worker of any loader died."""
+        if callable(self._handler):
+            self._handler(number, frame)
 
     def _look(self) -> None:
         """Kill a worker that has been on one sample for too long, which ends the loader."""
@@ -228,16 +235,20 @@ class LoaderWatch:
         try:
             yield
         except Exception as error:
+            self._is_over.set()
             reason = self._explain(error)
             if reason is None:
                 raise
             raise LoaderError(reason) from error
         finally:
+            self._is_waiting = False
             self._is_over.set()
-            self._end_workers()
-            if self._handler is not None:
-                signal.signal(signal.SIGCHLD, self._handler)
-                self._handler = None
+            try:
+                self._end_workers()
+            finally:
+                if self._handler is not None:
+                    signal.signal(signal.SIGCHLD, self._handler)
+                    self._handler = None
 
     def _explain(self, error: Exception) -> str | None:
         """What befell a worker, in words; None where all are well."""
@@ -245,7 +256,8 @@ class LoaderWatch:
         if self._hung and is_ours:  # and it was not crashing meanwhile
             return f"a loader worker hung and was ended: {self._describe(self._hung)} (worker_timeout {self.timeout:g})"
         dead, tells_of_one = self._dead_workers(), str(error).startswith("DataLoader worker")
-        if not dead and (tells_of_one or isinstance(error, OSError | EOFError)):
+        is_of_connection = isinstance(error, OSError | EOFError)
+        if not dead and (tells_of_one or is_of_connection):
             time.sleep(_CLOSING_SECONDS)  # its connections close a moment before it is gone
             dead = self._dead_workers()
         if dead:
@@ -255,7 +267,14 @@ class LoaderWatch:
         if str(error).startswith("DataLoader timed out"):
             seconds = _BATCH_FACTOR * self.timeout
             return f"no batch came for {seconds:g} seconds ({_BATCH_FACTOR} x worker_timeout); no image took long"
-        return " ".join(str(error).split()) if tells_of_one else None  # of another loader
+        if tells_of_one:  # of another loader
+            return _one_line(error)
+        try:
+            if is_of_connection:
+                self._ask_handler(signal.SIGCHLD, None)
+        except RuntimeError as told:
+            return _one_line(told)
+        return None
 
     def _dead_workers(self) -> list[int]:
         """Those that did not end by themselves, as that of an empty share of a stream does."""
@@ -275,6 +294,19 @@ class LoaderWatch:
         for worker in self._workers.values():
             worker.kill()
             worker.join(_JOIN_SECONDS)
+
+
+def _has_failed(pid: int) -> bool:
+    """Whether a child is dead, not by its own will, and nobody has asked for its exit code; asking here leaves it."""
+    try:
+        end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return end is not None and (end.si_code, end.si_status) != (os.CLD_EXITED, 0)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _how(exit_code: int | None) -> str:

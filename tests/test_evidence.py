@@ -1,6 +1,7 @@
 """The study of what pretraining is worth: its parts on tiny numbers, its rules, and what it says to wrong input."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from evidence_study.pretraining import build_masked_model, masks_for, pretrain, 
 from evidence_study.recipe import EvidenceRecipe
 from evidence_study.report import NOT_FLAT_LABEL, draw, gains, percent, tables
 from evidence_study.tasks import load_task, vary, with_margin
-from evidence_study.unfinished import Unfinished
+from evidence_study.unfinished import Unfinished, identity_of
 from test_examples import load_script
 from transformers import SwinForMaskedImageModeling
 
@@ -118,22 +119,22 @@ def test_an_interrupted_study_computes_what_is_missing(evidence, finished, monke
 class StopsAfter(Unfinished):
     """Keeps the state after each update, and interrupts the training after so many."""
 
-    def __init__(self, path, updates):
-        super().__init__(path, "training", every=0)
+    def __init__(self, folder, updates):
+        super().__init__(folder, "training", every=0)
         self.updates = updates
 
-    def keep(self, make_state):
-        super().keep(make_state)
+    def keep(self, identity, make_state):
+        super().keep(identity, make_state)
         self.updates -= 1
         if self.updates == 0:
             raise KeyboardInterrupt
 
 
-def interrupted(train, path, updates):
+def interrupted(train, folder, updates):
     """What `train` gives in two starts, the first of which ends after so many updates."""
     with pytest.raises(KeyboardInterrupt):
-        train(StopsAfter(path, updates))
-    return train(StopsAfter(path, -1))
+        train(StopsAfter(folder, updates))
+    return train(StopsAfter(folder, -1))
 
 
 def without_time(result):
@@ -151,13 +152,12 @@ def test_an_interrupted_pretraining_gives_the_same_model(quick_recipe, task, tmp
     result, expected = train(None), weights()
     assert result["steps"] % 3 == 0
     for updates in (1, result["steps"] // 3, result["steps"] // 3 + 1, result["steps"]):  # on and beside a pass's end
-        path = tmp_path / f"{updates}.pt"
-        assert without_time(interrupted(train, path, updates)) == without_time(result)
+        assert without_time(interrupted(train, tmp_path / str(updates), updates)) == without_time(result)
         assert weights() == expected
 
 
 def test_an_interrupted_finetuning_gives_the_same_curve_and_weights(quick_recipe, task, tmp_path):
-    recipe = dataclasses.replace(quick_recipe, evaluate_every=4, patience=2, max_steps=60)
+    recipe = dataclasses.replace(quick_recipe, evaluate_every=4, patience=2, max_steps=300)
     labelled, models = task.train.rows(range(70)), []
 
     def train(unfinished):
@@ -166,23 +166,62 @@ def test_an_interrupted_finetuning_gives_the_same_curve_and_weights(quick_recipe
         return finetune(models[-1], recipe, task, labelled, **shared, unfinished=unfinished)
 
     result, expected = train(None), models[-1].state_dict()
-    assert result["is_flat"]
-    for updates in range(1, result["steps"], 5):  # before the first look, at one, after the learning rate fell
-        path = tmp_path / f"{updates}.pt"
-        assert without_time(interrupted(train, path, updates)) == without_time(result)
+    assert result["is_flat"]  # so its learning rate had fallen, at least 2 looks of 4 updates before
+    for updates in range(1, result["steps"], 5):  # before the first look, at one, after the fall
+        assert without_time(interrupted(train, tmp_path / str(updates), updates)) == without_time(result)
         for name, weights in models[-1].state_dict().items():
             assert torch.equal(weights, expected[name])
 
 
-def test_the_time_of_both_starts_counts(quick_recipe, task, tmp_path):
-    unfinished = StopsAfter(tmp_path / "state.pt", -1)
-    arguments = ("green", quick_recipe, task, 3, tmp_path / "model", torch.device("cpu"), 1)
-    pretrain(*arguments, unfinished)
-    state = torch.load(unfinished.path)
-    torch.save(state | {"time": {"seconds": 1000.0, "cpu_seconds": 500.0}}, unfinished.path)
-    result = pretrain(*arguments, unfinished)
+@pytest.fixture
+def pretrained_twice(quick_recipe, task, tmp_path):
+    """Pretrains with a kept state; the second time that state is the one before the last update, after `change`."""
+    unfinished = StopsAfter(tmp_path / "unfinished", -1)
+
+    def train(epochs=1):
+        return pretrain("green", quick_recipe, task, 3, tmp_path / "model", torch.device("cpu"), epochs, unfinished)
+
+    def train_twice(change, epochs=1):
+        train()
+        path = unfinished.folder / "state.pt"
+        path.write_bytes(change(path.read_bytes()))
+        return train(epochs)
+
+    return train_twice
+
+
+def test_the_time_of_both_starts_counts(pretrained_twice):
+    def earlier(data):
+        kept, file = torch.load(io.BytesIO(data)), io.BytesIO()
+        kept["state"]["time"] = {"seconds": 1000.0, "cpu_seconds": 500.0}
+        torch.save(kept, file)
+        return file.getvalue()
+
+    result = pretrained_twice(earlier)
     assert result["seconds"] >= 1000
     assert result["cpu_seconds"] >= 500
+
+
+@pytest.mark.parametrize("change", [lambda data: b"", lambda data: data[:1000]], ids=["empty", "cut"])
+def test_a_damaged_state_is_told_and_starts_anew(pretrained_twice, capsys, change):
+    assert pretrained_twice(change)["steps"] > 0
+    assert "state.pt cannot be read" in capsys.readouterr().out
+
+
+def test_a_state_of_another_training_is_told_and_starts_anew(pretrained_twice, capsys):
+    assert pretrained_twice(lambda data: data, epochs=2)["epochs"] == 2
+    assert "is of other weights, images or settings; training starts anew" in capsys.readouterr().out
+
+
+def test_what_decides_the_numbers_of_a_training_is_its_identity(task):
+    device, images = torch.device("cpu"), task.train.images
+    one, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    same = identity_of(one, images, device, steps=3)
+    assert identity_of(one, images.clone(), device, steps=3) == same
+    assert identity_of(other, images, device, steps=3) != same
+    assert identity_of(one, images.flip(0), device, steps=3) != same
+    assert identity_of(one, images, device, steps=4) != same
+    assert identity_of(one, images, torch.device("cuda"), steps=3) != same
 
 
 def test_a_study_goes_on_in_the_middle_of_a_training(evidence, finished, tmp_path, monkeypatch, capsys):
@@ -194,15 +233,23 @@ def test_a_study_goes_on_in_the_middle_of_a_training(evidence, finished, tmp_pat
     (left,) = (folder / "unfinished").iterdir()
     monkeypatch.setattr(evidence, "Unfinished", Unfinished)
     assert evidence.main(["--output-dir", str(folder)]) == 0
-    assert "going on with finetune, green_equal, seed 0 after 3 updates" in capsys.readouterr().out
+    assert "going on with finetune green_equal, seed 0, budget 1, rate 0.001 after 3 updates" in capsys.readouterr().out
     assert without_time(lines_of(folder)[-1]) == without_time(json.loads(lines[-1]))
     assert not left.exists()
 
 
 def test_a_state_that_cannot_be_written_does_not_end_a_training(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    Unfinished(tmp_path / "file" / "state.pt", "training", every=0).keep(lambda: {"step": 1})
-    assert "training goes on without its state being kept" in capsys.readouterr().out
+    Unfinished(tmp_path / "file" / "training", "training", every=0).keep({}, lambda: {"step": 1})
+    assert "training goes on and its state is not kept" in capsys.readouterr().out
+
+
+def test_a_state_beside_a_finished_cell_is_removed(evidence, finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "study")
+    left = folder / "unfinished" / "pretraining-green-0"
+    left.mkdir(parents=True)
+    assert evidence.main(["--output-dir", str(folder)]) == 0
+    assert not left.exists()
 
 
 def stop(*_, **__):
@@ -216,7 +263,7 @@ def test_an_interrupted_study_ends_in_one_line_and_keeps_its_cells(evidence, fin
     monkeypatch.setattr(evidence, "finetune", stop)
     assert evidence.main(["--output-dir", str(folder)]) == 130
     out = capsys.readouterr().out
-    kept = "Finished cells are kept, and at most 5 minutes of a training are lost"
+    kept = "Finished cells are kept, and a training under way as it was up to 5 minutes ago"
     assert out.endswith(f"\nStopped. {kept}; the same command goes on.\n")
     assert (folder / "cells.jsonl").read_text() == "".join(lines[:-1])
     monkeypatch.setattr(evidence, "load_task", stop)  # before any cell

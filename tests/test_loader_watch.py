@@ -11,7 +11,7 @@ from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from green_swin_hf import loader_watch
 from green_swin_hf.loader_watch import LoaderError, LoaderWatch, _DoneFlag, _WorkerNotes
@@ -131,6 +131,44 @@ def test_the_end_of_a_worker_interrupts_nothing_else_and_shows_at_the_next_batch
     with pytest.raises(LoaderError, match=r"died .*SIGKILL"), watch.explained():
         work_then_ask(watch, done)
     assert done == ["work"]
+    assert multiprocessing.active_children() == []
+
+
+def read_another(loader, watch):
+    batches = iter(watch)
+    next(batches)
+    list(loader)
+
+
+def test_the_end_of_another_loaders_worker_is_told_in_one_line():
+    """As of the probe's or the validation's loader, within a pass of the training's."""
+    watch = LoaderWatch(Numbers(), num_workers=1, timeout=TIMEOUT, batch_size=4)
+    other = DataLoader(Numbers(signalled("SIGKILL")), num_workers=1)
+    with pytest.raises(LoaderError, match="DataLoader worker"), watch.explained():
+        read_another(other, watch)
+
+
+def test_pytorch_hears_of_children_that_are_not_watched():
+    watch, heard = LoaderWatch(Numbers(), num_workers=1, timeout=TIMEOUT, batch_size=4), []
+    with watch.explained():
+        batches = iter(watch)
+        next(batches)
+        pytorchs, watch._handler = watch._handler, lambda number, frame: heard.append(number)
+        other = multiprocessing.get_context("fork").Process(target=os._exit, args=(3,))
+        other.start()
+        other.join()
+        watch._handler = pytorchs
+    assert heard
+
+
+def test_a_watch_within_another_one_tells_of_its_own_worker():
+    outer = LoaderWatch(Numbers(), num_workers=1, timeout=TIMEOUT, batch_size=4)
+    inner = LoaderWatch(Numbers(signalled("SIGKILL")), num_workers=1, timeout=TIMEOUT, batch_size=4)
+    with outer.explained():
+        batches = iter(outer)
+        next(batches)
+        with pytest.raises(LoaderError, match=r"died .*picture 33"):
+            read_all(inner)
     assert multiprocessing.active_children() == []
 
 

@@ -19,13 +19,14 @@ from green_swin_hf.optimization import build_optimizer, cosine_schedule
 from .pretraining import MAX_GRAD_NORM, Stopwatch
 from .recipe import EvidenceRecipe, StudyRecipe
 from .tasks import Split, Task, shuffled
-from .unfinished import State, Unfinished
+from .unfinished import State, Unfinished, identity_of
 
 _HEAD, _ORDER, _IMAGES, _DROP_PATH = 11, 12, 13, 14
 WARMUP_STEPS = 50
 LOWER = 0.1
 LOOKS_IN_A_PASS = 4
 EVALUATION_BATCH = 250
+_KEPT_OF_COURSE = ("step", "curve", "best_step", "best_weights")
 
 
 @dataclass
@@ -88,11 +89,11 @@ class Course:
         return decision
 
     def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
-        own = {name: getattr(self, name) for name in ("step", "curve", "best_step", "best_weights")}
+        own = {name: getattr(self, name) for name in _KEPT_OF_COURSE}
         return {**own, "rule": asdict(self.rule), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
     def restore(self, state: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        for name in ("step", "curve", "best_step", "best_weights"):
+        for name in _KEPT_OF_COURSE:
             setattr(self, name, state[name])
         self.rule = FlatCurve(**state["rule"])
         model.load_state_dict(state["model"])
@@ -157,16 +158,15 @@ def finetune(
     batch_size = min(recipe.finetune_batch_size, len(labelled))
     every = updates_between_looks(recipe, len(labelled) // batch_size)
     course, generator, before = Course(FlatCurve(recipe.patience)), seeded_generator(seed, _IMAGES), None
+    identity = identity_of(model, labelled.images, device, learning_rate=learning_rate) if unfinished else {}
     with torch.random.fork_rng():
         torch.manual_seed(seeded_generator(seed, _DROP_PATH).initial_seed())
-        if unfinished and (state := unfinished.load()):
+        if unfinished and (state := unfinished.load(identity)):
             course.restore(state, model, optimizer)
             _set_random_state(state["random"], generator, device)
             before = state["time"]
-        batches, stopwatch = (
-            _batches(task, labelled, batch_size, seed, generator, device, course.step),
-            Stopwatch(before),
-        )
+        batches = _batches(task, labelled, batch_size, seed, generator, device, course.step)
+        stopwatch = Stopwatch(before)
 
         def state_now() -> State:
             return course.state(model, optimizer) | {
@@ -187,7 +187,7 @@ def finetune(
                 decision = course.look(model, accuracy(model, task, task.validation, device))
                 bar.set_postfix(validation=f"{course.curve[-1]:.3f}", refresh=False)
             if unfinished and decision != "stop":
-                unfinished.keep(state_now)
+                unfinished.keep(identity, state_now)
     bar.close()
     model.load_state_dict(course.best_weights)
     return {

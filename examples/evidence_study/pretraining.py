@@ -21,7 +21,7 @@ from green_swin_hf.optimization import build_optimizer, cosine_schedule
 
 from .recipe import EvidenceRecipe, StudyRecipe
 from .tasks import Task, shuffled
-from .unfinished import State, Unfinished
+from .unfinished import State, Unfinished, identity_of
 
 # Streams of random numbers that must not be the same for one seed.
 _WEIGHTS, _ORDER, _IMAGES = 1, 2, 3
@@ -137,7 +137,8 @@ def train_masked(
     generator = seeded_generator(seed, _IMAGES)
     losses, done, before = torch.empty(steps, device=device), 0, None
     stateful = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    if unfinished and (state := unfinished.load()):
+    identity = identity_of(model, images, device, steps=steps) if unfinished else {}
+    if unfinished and (state := unfinished.load(identity)):
         for name, part in stateful.items():
             part.load_state_dict(state[name])
         generator.set_state(state["generator"])
@@ -163,7 +164,7 @@ def train_masked(
         schedule.step()
         losses[step] = loss.detach()
         if unfinished:
-            unfinished.keep(functools.partial(state_after, step + 1))
+            unfinished.keep(identity, functools.partial(state_after, step + 1))
     if device.type == "cuda":
         torch.cuda.synchronize()
     return {"steps": steps, "epochs": epochs, **stopwatch.read(), "losses": _thinned(losses)}
