@@ -27,7 +27,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device, set_seed
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
 
@@ -414,15 +414,24 @@ def log_update(run: Run, progress: tqdm, losses: dict[str, Tensor], learning_rat
     progress.set_postfix({"loss": f"{entry['loss']:.3f}", "images/s": f"{speed:,.1f}"}, refresh=False)
 
 
+class NamedSubset(Subset[Any]):
+    """Some images of a data set, which a watched loader can name."""
+
+    def describe(self, key: int) -> str:
+        images: CocoImages = self.dataset  # type: ignore[assignment]
+        return images.image_name(self.indices[key])
+
+
 def measure(run: Run) -> None:
     """Detect on the validation images, each process on its share, and log COCO's figures."""
-    accelerator, images = run.accelerator, run.validation
-    share = Subset(images, range(accelerator.process_index, len(images), accelerator.num_processes))
-    loader = DataLoader(
-        share, run.recipe.batch_size, collate_fn=collate_detection, num_workers=run.recipe.workers,
-        generator=torch.Generator(),
+    accelerator, images, recipe = run.accelerator, run.validation, run.recipe
+    share = NamedSubset(images, range(accelerator.process_index, len(images), accelerator.num_processes))
+    watch = LoaderWatch(
+        share, num_workers=recipe.workers, timeout=recipe.worker_timeout, batch_size=recipe.batch_size,
+        collate_fn=collate_detection, generator=torch.Generator(),
     )  # fmt: skip
-    found = detect(accelerator.unwrap_model(run.model), loader, accelerator.device)
+    with watch.explained():
+        found = detect(accelerator.unwrap_model(run.model), watch, accelerator.device)
     run.found = sorted(gather_object(found), key=lambda detections: detections.index)
     if run.log:
         figures = mean_average_precision(images, run.found)

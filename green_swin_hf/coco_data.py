@@ -363,8 +363,12 @@ class CocoImages(Dataset[dict[str, Any]]):
     def describe(self, key: int) -> str:
         """Which image a key means, in words, without reading its file."""
         epoch, index = divmod(key, len(self))
+        return f"{self.image_name(index)}, in epoch {epoch + 1}"
+
+    def image_name(self, index: int) -> str:
+        """An image's id and path."""
         entry = self.data.images[index]
-        return f"image id {entry['id']}, {self.data.image_folder / entry['file_name']}, in epoch {epoch + 1}"
+        return f"image id {entry['id']}, {self.data.image_folder / entry['file_name']}"
 
     def target(self, index: int) -> dict[str, Tensor]:
         """What is on the image of row `index`, without reading it."""

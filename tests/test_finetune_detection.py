@@ -330,6 +330,21 @@ def test_too_many_images_that_are_not_the_annotated_ones_end_the_run_in_one_line
     assert "000002.png" in (tmp_path / "run" / "bad_images.jsonl").read_text()
 
 
+def test_a_worker_that_dies_while_measuring_ends_the_run_in_one_line(shapes, tmp_path, monkeypatch, capsys):
+    training, read = os.getpid(), CocoImages.__getitem__
+
+    def die_in_a_worker(images, index):
+        if os.getpid() != training and "validation" in str(images.data.image_folder):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(images, index)
+
+    monkeypatch.setattr(CocoImages, "__getitem__", die_in_a_worker)
+    assert run_script(*given(shapes), *TINY, "--workers", 1, "--output-dir", tmp_path / "run") == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("finetune_detection.py")]
+    assert len(lines) == 1
+    assert re.search(r"stopped: a loader worker died \(SIGKILL: .*\): process \d+ was on image id \d+, .*png", lines[0])
+
+
 def bad_annotations(shapes, tmp_path):
     """One file with a category that does not exist, and one without objects."""
     content = json.loads((shapes / "train/annotations.json").read_text())
