@@ -170,9 +170,10 @@ def run_cell(
     learning_rate: float | None = None,
 ) -> Cell:
     """The cell as it was kept, or a new one, whose training goes on where it was interrupted."""
-    numbers = [f"{number:g}" for number in (seed, budget, learning_rate) if number is not None]
-    title = f"{kind} {arm}, " + ", ".join(map(" ".join, zip(("seed", "budget", "rate"), numbers, strict=False)))
-    unfinished = Unfinished(study.output / "unfinished" / "-".join([kind, arm, *numbers]), title)
+    numbers = {"seed": seed, "budget": budget, "rate": learning_rate}
+    parts = [f"{name} {number:g}" for name, number in numbers.items() if number is not None]
+    title = ", ".join([f"{kind} {arm}", *parts])
+    unfinished = Unfinished(study.output / "unfinished" / title.replace(", ", "-").replace(" ", "-"), title)
     cell = study.cells.find(kind, arm, seed, budget, learning_rate)
     if cell is None:
         cell = keep(study, {"kind": kind, "arm": arm, "seed": seed, "budget": budget, **make(unfinished)})

@@ -164,6 +164,7 @@ class LoaderWatch:
         self._is_over = threading.Event()
         self._is_waiting = self._has_child_ended = False
         self._handler: Any = None  # PyTorch's, while ours is in its place
+        self._told: str | None = None
         if num_workers:
             noted = _NotedStream if isinstance(images, IterableDataset) else _NotedImages
             images = noted(images, self._notes)
@@ -178,7 +179,7 @@ class LoaderWatch:
         batches = iter(self.loader)  # starts the workers, before the thread
         started = [child for child in multiprocessing.active_children() if child.pid not in others]
         self._workers = {child.pid: child for child in started if child.pid}
-        is_heard = threading.current_thread() is threading.main_thread() and hasattr(os, "waitid")  # not on Windows
+        is_heard = threading.current_thread() is threading.main_thread() and hasattr(os, "waitid")  # Unix
         if self._workers and self._handler is None and is_heard:
             self._handler = signal.signal(signal.SIGCHLD, self._hear_child)
         if self.timeout:
@@ -206,9 +207,16 @@ class LoaderWatch:
             self._ask_handler(number, frame)
 
     def _ask_handler(self, number: int, frame: FrameType | None) -> None:
-        """Let PyTorch raise a `RuntimeError` where a worker of any loader died."""
-        if callable(self._handler):
-            self._handler(number, frame)
+        """Let PyTorch raise a `RuntimeError` where a worker of any loader died, which it does once for a loader.
+
+        What it says is noted: raised in a `__del__`, it would be lost.
+        """
+        try:
+            if callable(self._handler):
+                self._handler(number, frame)
+        except RuntimeError as error:
+            self._told = _one_line(error)
+            raise
 
     def _look(self) -> None:
         """Kill a worker that has been on one sample for too long, which ends the loader."""
@@ -269,12 +277,11 @@ class LoaderWatch:
             return f"no batch came for {seconds:g} seconds ({_BATCH_FACTOR} x worker_timeout); no image took long"
         if tells_of_one:  # of another loader
             return _one_line(error)
-        try:
-            if is_of_connection:
-                self._ask_handler(signal.SIGCHLD, None)
-        except RuntimeError as told:
-            return _one_line(told)
-        return None
+        if not is_of_connection:
+            return None
+        with contextlib.suppress(RuntimeError):
+            self._ask_handler(signal.SIGCHLD, None)
+        return self._told
 
     def _dead_workers(self) -> list[int]:
         """Those that did not end by themselves, as that of an empty share of a stream does."""

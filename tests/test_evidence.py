@@ -246,7 +246,7 @@ def test_a_state_that_cannot_be_written_does_not_end_a_training(tmp_path, capsys
 
 def test_a_state_beside_a_finished_cell_is_removed(evidence, finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "study")
-    left = folder / "unfinished" / "pretraining-green-0"
+    left = folder / "unfinished" / "pretraining-green-seed-0"
     left.mkdir(parents=True)
     assert evidence.main(["--output-dir", str(folder)]) == 0
     assert not left.exists()

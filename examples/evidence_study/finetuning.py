@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from green_swin_hf import GreenSwinForImageClassification
+from green_swin_hf.checkpointing import random_state, restore_random_state
 from green_swin_hf.data import seeded_generator
 from green_swin_hf.optimization import build_optimizer, cosine_schedule
 
@@ -100,19 +101,6 @@ class Course:
         optimizer.load_state_dict(state["optimizer"])
 
 
-def _random_state(generator: torch.Generator, device: torch.device) -> dict[str, Tensor | None]:
-    """Of the images' variations and of stochastic depth."""
-    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return {"images": generator.get_state(), "cpu": torch.get_rng_state(), "cuda": on_device}
-
-
-def _set_random_state(state: dict[str, Tensor], generator: torch.Generator, device: torch.device) -> None:
-    generator.set_state(state["images"])
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
 def build_classifier(
     recipe: StudyRecipe, num_classes: int, seed: int, pretrained: Path | None
 ) -> GreenSwinForImageClassification:
@@ -163,16 +151,15 @@ def finetune(
         torch.manual_seed(seeded_generator(seed, _DROP_PATH).initial_seed())
         if unfinished and (state := unfinished.load(identity)):
             course.restore(state, model, optimizer)
-            _set_random_state(state["random"], generator, device)
+            generator.set_state(state["generator"])
+            restore_random_state(state["random"])  # of stochastic depth
             before = state["time"]
         batches = _batches(task, labelled, batch_size, seed, generator, device, course.step)
         stopwatch = Stopwatch(before)
 
         def state_now() -> State:
-            return course.state(model, optimizer) | {
-                "random": _random_state(generator, device),
-                "time": stopwatch.read(),
-            }
+            own = {"time": stopwatch.read(), "generator": generator.get_state(), "random": random_state()}
+            return own | course.state(model, optimizer)
 
         bar = tqdm(total=recipe.max_steps, initial=course.step, desc=title, mininterval=1, leave=False)
         decision = "go on"
