@@ -28,7 +28,7 @@ from benchmarking.report import describe_run
 from evidence_study import report
 from evidence_study.arms import ARMS, Arm
 from evidence_study.cells import Cell, Cells
-from evidence_study.finetuning import build_classifier, finetune
+from evidence_study.finetuning import build_classifier, check_compiles, finetune
 from evidence_study.folder import check_encoder, check_same_study, replace_text
 from evidence_study.interruption import until_interrupted
 from evidence_study.pretraining import pretrain
@@ -81,6 +81,8 @@ def run_study(argv: list[str] | None) -> int:
         check_same_study(recipe, arguments.output_dir)
         device = recipe.choose_device()
         torch.set_num_threads(recipe.threads)
+        if recipe.compile:
+            check_compiles(device)
         task = load_task(recipe)
         cells = Cells(arguments.output_dir / "cells.jsonl")
         study = Study(recipe, task, arguments.output_dir, cells, device)

@@ -1,6 +1,7 @@
 """The study of what pretraining is worth: its parts on tiny numbers, its rules, and what it says to wrong input."""
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from evidence_study.report import NOT_FLAT_LABEL, draw, gains, percent, tables
 from evidence_study.tasks import load_task, vary, with_margin
 from evidence_study.unfinished import Unfinished, identity_of
 from test_examples import load_script
+from torch._dynamo.utils import counters
 from transformers import SwinForMaskedImageModeling
 
 from green_swin_hf.labelled_images import label_budget
@@ -52,6 +54,15 @@ def finished(evidence, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study") / "evidence"
     assert evidence.main(["--quick", "--output-dir", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture
+def fast_compiler(monkeypatch):
+    """`torch.compile` without code generation, which is what takes its time."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    counters.clear()
+    yield
+    torch.compiler.reset()
 
 
 def lines_of(folder):
@@ -156,21 +167,59 @@ def test_an_interrupted_pretraining_gives_the_same_model(quick_recipe, task, tmp
         assert weights() == expected
 
 
-def test_an_interrupted_finetuning_gives_the_same_curve_and_weights(quick_recipe, task, tmp_path):
-    recipe = dataclasses.replace(quick_recipe, evaluate_every=4, patience=2, max_steps=300)
+FINETUNING = {"learning_rate": 1e-3, "layer_decay": 1.0, "seed": 3, "device": torch.device("cpu")}
+
+
+@pytest.mark.usefixtures("fast_compiler")
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+def test_an_interrupted_finetuning_gives_the_same_curve_and_weights(quick_recipe, task, tmp_path, is_compiled):
+    recipe = dataclasses.replace(quick_recipe, evaluate_every=4, patience=2, max_steps=300, compile=is_compiled)
     labelled, models = task.train.rows(range(70)), []
 
     def train(unfinished):
         models.append(build_classifier(recipe, 10, 0, None))
-        shared = {"learning_rate": 1e-3, "layer_decay": 1.0, "seed": 3, "device": torch.device("cpu")}
-        return finetune(models[-1], recipe, task, labelled, **shared, unfinished=unfinished)
+        return finetune(models[-1], recipe, task, labelled, **FINETUNING, unfinished=unfinished)
 
     result, expected = train(None), models[-1].state_dict()
     assert result["is_flat"]  # so its learning rate had fallen, at least 2 looks of 4 updates before
-    for updates in range(1, result["steps"], 5):  # before the first look, at one, after the fall
+    after_the_fall = (result["steps"] - 2,)  # alone where it is compiled, which takes seconds each time
+    for updates in after_the_fall if is_compiled else range(1, result["steps"], 5):
         assert without_time(interrupted(train, tmp_path / str(updates), updates)) == without_time(result)
         for name, weights in models[-1].state_dict().items():
             assert torch.equal(weights, expected[name])
+
+
+@pytest.mark.usefixtures("fast_compiler")
+def test_a_compiled_finetuning_is_compiled_and_gives_what_an_eager_one_gives(quick_recipe, task):
+    def train(is_compiled):
+        recipe = dataclasses.replace(quick_recipe, max_steps=9, compile=is_compiled)
+        model = build_classifier(recipe, 10, 0, None)
+        result = finetune(model, recipe, task, task.train.rows(range(70)), **FINETUNING)
+        assert list(model.state_dict()) == list(build_classifier(recipe, 10, 0, None).state_dict())
+        return model.state_dict(), result
+
+    expected, eager = train(False)
+    assert counters["stats"]["unique_graphs"] == 0
+    actual, compiled = train(True)
+    assert counters["stats"]["unique_graphs"] == 1  # of training, and none anew for the looks between
+    assert compiled["curve"] == eager["curve"]
+    for name, weights in actual.items():
+        torch.testing.assert_close(weights, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_machine_that_cannot_compile_is_told_before_anything_is_written(evidence, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("No working C++ compiler found\nand much more")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    folder = tmp_path / "study"
+    with pytest.raises(SystemExit) as stopped:
+        evidence.main(["--quick", "--compile", "--output-dir", str(folder)])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "torch.compile does not work here (No working C++ compiler found); install a C++ compiler, or" in said
+    assert not folder.exists()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -147,6 +147,7 @@ def finetune(
     every = updates_between_looks(recipe, len(labelled) // batch_size)
     course, generator, before = Course(FlatCurve(recipe.patience)), seeded_generator(seed, _IMAGES), None
     identity = identity_of(model, labelled.images, device, learning_rate=learning_rate) if unfinished else {}
+    trained = compiled(model) if recipe.compile else model
     with torch.random.fork_rng():
         torch.manual_seed(seeded_generator(seed, _DROP_PATH).initial_seed())
         if unfinished and (state := unfinished.load(identity)):
@@ -168,7 +169,7 @@ def finetune(
             factor = min(1.0, course.step / WARMUP_STEPS) * (LOWER if course.rule.has_fallen else 1.0)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
-            _update(model, optimizer, *next(batches))
+            _update(trained, optimizer, *next(batches))
             bar.update()
             if course.step % every == 0 or course.step == recipe.max_steps:
                 decision = course.look(model, accuracy(model, task, task.validation, device))
@@ -217,6 +218,23 @@ def finetune_for(
             _update(model, optimizer, *next(batches))
             schedule.step()
     return {"test": accuracy(model, task, task.test, device), "steps": updates, **stopwatch.read()}
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """`model` compiled with `torch.compile`, which shares its weights."""
+    torch.compiler.reset()  # each model adds to the versions of one code, after a few of which PyTorch gives up
+    return cast(nn.Module, torch.compile(model))
+
+
+def check_compiles(device: torch.device) -> None:
+    """Raise a `ValueError` where `torch.compile` does not work, as on a machine without a C++ compiler."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=device))
+    except Exception as error:  # whatever PyTorch, its compiler and the system's lead to
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"compile: torch.compile does not work here ({reason}); install a C++ compiler, or leave it out"
+        ) from error
 
 
 def updates_between_looks(recipe: EvidenceRecipe, updates_of_a_pass: int) -> int:

@@ -151,6 +151,7 @@ class EvidenceRecipe(StudyRecipe):
     )
     patience: int = option(20, "looks without a better validation accuracy until the learning rate falls, or the end")
     max_steps: int = option(60000, "updates at most; an end by this is told")
+    compile: bool = option(False, "compile the classifier in fine-tuning (torch.compile), worth it for long ones")
     # What is run
     arms: tuple[str, ...] = option(("scratch", "green", "dense"), f"which of {', '.join(ARMS)}")
     budgets: tuple[float, ...] = option((0.001, 0.01, 0.1, 1.0), "shares of the training images with a label")
