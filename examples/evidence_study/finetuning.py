@@ -146,7 +146,8 @@ def finetune(
     batch_size = min(recipe.finetune_batch_size, len(labelled))
     every = updates_between_looks(recipe, len(labelled) // batch_size)
     course, generator, before = Course(FlatCurve(recipe.patience)), seeded_generator(seed, _IMAGES), None
-    identity = identity_of(model, labelled.images, device, learning_rate=learning_rate) if unfinished else {}
+    settings = {"learning_rate": learning_rate, "compile": recipe.compile}
+    identity = identity_of(model, labelled.images, device, **settings) if unfinished else {}
     trained = compiled(model) if recipe.compile else model
     with torch.random.fork_rng():
         torch.manual_seed(seeded_generator(seed, _DROP_PATH).initial_seed())
@@ -221,19 +222,23 @@ def finetune_for(
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """`model` compiled with `torch.compile`, which shares its weights."""
+    """`model` compiled with `torch.compile`, which shares its weights; all that was compiled before is forgotten."""
     torch.compiler.reset()  # each model adds to the versions of one code, after a few of which PyTorch gives up
     return cast(nn.Module, torch.compile(model))
 
 
 def check_compiles(device: torch.device) -> None:
-    """Raise a `ValueError` where `torch.compile` does not work, as on a machine without a C++ compiler."""
+    """Raise a `ValueError` where `torch.compile` does not work for a small layer and its gradients.
+
+    So it is on a machine without a C++ compiler, and would show after hours of pretraining otherwise.
+    """
     try:
-        torch.compile(torch.sin)(torch.zeros(2, device=device))
+        compiled(nn.Linear(2, 2).to(device))(torch.zeros(2, 2, device=device)).sum().backward()
     except Exception as error:  # whatever PyTorch, its compiler and the system's lead to
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"compile: torch.compile does not work here ({reason}); install a C++ compiler, or leave it out"
+            f"compile: torch.compile does not work here ({reason}); install what it needs, a C++ compiler for "
+            "example, or leave it out"
         ) from error
 
 
